@@ -1,0 +1,62 @@
+"""Errors that a user can act on: what is wrong, where, and the remedy."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlphaQuantError",
+    "CalibrationError",
+    "CheckpointError",
+    "ConfigError",
+    "NumericsError",
+    "OutputError",
+    "PlanError",
+]
+
+
+class AlphaQuantError(Exception):
+    """An error whose message names the value, the place and the remedy.
+
+    Args:
+        what: what is wrong, with the offending value.
+        where: the file, module or tensor at fault.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+        super().__init__("\n".join(self.lines()))
+
+    def lines(self) -> list[str]:
+        """The message, one line for each part that is known."""
+        parts = [self.what]
+        if self.where is not None:
+            parts.append(f"where: {self.where}")
+        if self.remedy is not None:
+            parts.append(f"remedy: {self.remedy}")
+        return parts
+
+
+class ConfigError(AlphaQuantError):
+    """A model's config.json, or an option, says something that is not known or not possible."""
+
+
+class CheckpointError(AlphaQuantError):
+    """A checkpoint is missing, truncated, inconsistent or of a kind that is not read."""
+
+
+class PlanError(AlphaQuantError):
+    """A plan is malformed, or does not fit the model."""
+
+
+class CalibrationError(AlphaQuantError):
+    """The calibration or evaluation text cannot be had, or is too short."""
+
+
+class NumericsError(AlphaQuantError):
+    """NaN or infinity in weights, activations or a Hessian."""
+
+
+class OutputError(AlphaQuantError):
+    """The output directory cannot be written, or holds something else."""
