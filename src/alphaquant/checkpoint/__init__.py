@@ -1,0 +1,20 @@
+"""Checkpoints on disk: a lazy safetensors reader and an atomic shard writer."""
+
+from __future__ import annotations
+
+from alphaquant.checkpoint.reader import Checkpoint, read_safetensors, resolve_model
+from alphaquant.checkpoint.shard import TensorInfo
+from alphaquant.checkpoint.writer import ShardInfo, write_bytes, write_index, write_json, write_shard, write_text
+
+__all__ = [
+    "Checkpoint",
+    "ShardInfo",
+    "TensorInfo",
+    "read_safetensors",
+    "resolve_model",
+    "write_bytes",
+    "write_index",
+    "write_json",
+    "write_shard",
+    "write_text",
+]

@@ -1,0 +1,284 @@
+"""Lazy, read-only access to a checkpoint directory: config.json and safetensors."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alphaquant.checkpoint.shard import (
+    DAMAGED,
+    MAX_HEADER_BYTES,
+    Shard,
+    Slot,
+    TensorInfo,
+    load_shard,
+    read_into,
+    read_slot,
+    unreadable,
+)
+from alphaquant.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Checkpoint", "read_safetensors", "resolve_model"]
+
+_MAX_CONFIG_BYTES = 10_000_000
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+
+
+class Checkpoint:
+    """A model directory, opened with `Checkpoint.open`: config and tensors, read on demand, from any thread.
+
+    Attributes:
+        path: the directory.
+        config: the parsed config.json.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any], slots: dict[str, Slot], digest: str) -> None:
+        self.path = path
+        self.config = config
+        self._slots = dict(sorted(slots.items()))
+        self._digest = digest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Open a directory and check config.json, the index and the header of each shard.
+
+        Raises:
+            CheckpointError: the directory, its config, its index or a shard is missing or broken, or the weights
+                are pickled.
+        """
+        try:
+            return cls._open(Path(path))
+        except OSError as error:  # a directory that may not be searched
+            raise unreadable(Path(path), error) from error
+
+    @classmethod
+    def _open(cls, directory: Path) -> Checkpoint:
+        if not directory.is_dir():
+            what = "the checkpoint is not a directory" if directory.exists() else "the checkpoint does not exist"
+            raise CheckpointError(
+                what, where=str(directory), remedy="give the directory that holds config.json and the *.safetensors"
+            )
+        config_path = directory / "config.json"
+        if not config_path.is_file():
+            raise CheckpointError(
+                "no config.json in the checkpoint directory",
+                where=str(directory),
+                remedy="give a directory that save_pretrained wrote, or copy the model's config.json to it",
+            )
+        config, config_bytes = _read_json_object(config_path, _MAX_CONFIG_BYTES)
+        shards, slots = _load_weights(directory)
+        identity = [
+            hashlib.sha256(config_bytes).hexdigest(),
+            [[shard.path.name, shard.num_bytes, shard.header_sha256] for shard in shards],
+        ]
+        return cls(directory, config, slots, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
+
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors, sorted."""
+        return tuple(self._slots)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._slots
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and size of one tensor, without reading it.
+
+        Raises:
+            CheckpointError: the checkpoint holds no such tensor.
+        """
+        return self._slot(name).info
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, in its stored dtype, to the CPU.
+
+        Raises:
+            CheckpointError: the checkpoint holds no such tensor, or its file cannot be read any more.
+        """
+        return read_slot(self._slot(name))
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Read one tensor into ``out``: a tensor or a slice such as ``stacked[e]``, of any dtype and device.
+
+        Raises:
+            CheckpointError: the checkpoint holds no such tensor, its shape is another, or its file cannot be read
+                any more.
+        """
+        slot = self._slot(name)
+        if tuple(out.shape) != slot.info.shape:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {list(slot.info.shape)}, but {list(out.shape)} is expected",
+                where=str(slot.path),
+                remedy="check that config.json belongs to these weights",
+            )
+        read_into(slot, out)
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of all tensors together."""
+        return sum(slot.info.num_bytes for slot in self._slots.values())
+
+    def header_digest(self) -> str:
+        """A cheap identity: sha256 over config.json and the name, size and header of each shard."""
+        return self._digest
+
+    def _slot(self, name: str) -> Slot:
+        if name in self._slots:
+            return self._slots[name]
+        close = difflib.get_close_matches(name, self._slots, n=3)
+        raise CheckpointError(
+            f"the checkpoint holds no tensor {name!r}",
+            where=str(self.path),
+            remedy=f"did you mean {' or '.join(map(repr, close))}?"
+            if close
+            else "check that config.json belongs to these weights",
+        )
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Read all tensors of one safetensors file.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
+    return {name: read_slot(slot) for name, slot in load_shard(Path(path)).slots.items()}
+
+
+def resolve_model(path_or_id: str | Path) -> Path:
+    """The local directory of a model: an existing directory as it is, a hub id (``org/name``) downloaded first.
+
+    Raises:
+        CheckpointError: there is no such directory, and it is no hub id or the download fails.
+    """
+    path = Path(path_or_id).expanduser()
+    try:
+        is_directory, exists = path.is_dir(), path.exists()
+    except OSError as error:  # no right to look, or a name too long
+        raise unreadable(path, error) from error
+    if is_directory:
+        return path
+    if exists:
+        raise CheckpointError(
+            "the model is a file, not a directory",
+            where=str(path),
+            remedy="give the directory that holds config.json and the *.safetensors",
+        )
+    if not _HUB_ID.fullmatch(str(path_or_id)):
+        raise CheckpointError(
+            f"no model directory {str(path_or_id)!r}",
+            where=str(path),
+            remedy="give an existing directory, or a hub id such as org/name",
+        )
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow to import; not needed for a local model)
+
+        # Subfolders hold other formats of the same weights, and so do Mistral's consolidated files.
+        ignored = ["*/*", "consolidated*.safetensors"]
+        return Path(snapshot_download(str(path_or_id), allow_patterns=_HUB_FILES, ignore_patterns=ignored))
+    except Exception as error:  # offline, gated, missing, disk full: the remedy is the same
+        raise CheckpointError(
+            f"no local directory {str(path_or_id)!r}, and it cannot be downloaded from the hub: {error}",
+            where=str(path_or_id),
+            remedy="give the path of a local model directory, or check the id, the network and `hf auth login`",
+        ) from error
+
+
+def _load_weights(directory: Path) -> tuple[list[Shard], dict[str, Slot]]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        return _load_indexed(index)
+    single = directory / "model.safetensors"
+    paths = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise _no_weights(directory)
+    shards = [load_shard(path) for path in paths]
+    slots: dict[str, Slot] = {}
+    for shard in shards:
+        for name, slot in shard.slots.items():
+            if name in slots:
+                raise CheckpointError(
+                    f"tensor {name!r} is in two files, {slots[name].path.name} and {shard.path.name}",
+                    where=str(directory),
+                    remedy="remove the file that does not belong to the model, or add model.safetensors.index.json",
+                )
+            slots[name] = slot
+    return shards, slots
+
+
+def _load_indexed(index: Path) -> tuple[list[Shard], dict[str, Slot]]:
+    weight_map = _read_json_object(index, MAX_HEADER_BYTES)[0].get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            "the index has no weight_map from tensor names to files", where=str(index), remedy=DAMAGED
+        )
+    for name, file in weight_map.items():
+        # A plain name may be a symlink: the hub's cache is built of them.
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", file):
+            raise CheckpointError(
+                f"the index puts tensor {name!r} in {file!r}, which is no plain name of a *.safetensors file",
+                where=str(index),
+                remedy="shards lie beside the index and are named without a path: correct the index",
+            )
+    shards: dict[str, Shard] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (index.parent / file).is_file():
+            raise CheckpointError(
+                f"the index names the shard {file!r}, which is not there",
+                where=str(index),
+                remedy="download the missing shard, or the whole model, again",
+            )
+        shards[file] = load_shard(index.parent / file)
+    slots: dict[str, Slot] = {}
+    for name, file in weight_map.items():
+        if name not in shards[file].slots:
+            raise CheckpointError(
+                f"the index puts tensor {name!r} in {file!r}, which does not hold it", where=str(index), remedy=DAMAGED
+            )
+        slots[name] = shards[file].slots[name]
+    return list(shards.values()), slots
+
+
+def _no_weights(directory: Path) -> CheckpointError:
+    pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in directory.glob(f"*.{suffix}"))
+    if pickles:
+        return CheckpointError(
+            f"the weights are pickled ({pickles[0]}), and unpickling runs code of the file: refused",
+            where=str(directory),
+            remedy="load the model with transformers where you trust it, and save it with "
+            "save_pretrained(DIR, safe_serialization=True)",
+        )
+    return CheckpointError(
+        "no *.safetensors in the checkpoint directory",
+        where=str(directory),
+        remedy="give the directory that holds the weights, or finish the download",
+    )
+
+
+def _read_json_object(path: Path, max_bytes: int) -> tuple[dict[str, Any], bytes]:
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes > max_bytes:
+            raise CheckpointError(
+                f"{path.name} has {num_bytes} bytes, more than the {max_bytes} allowed",
+                where=str(path),
+                remedy="this is no such file of a model: get the right one",
+            )
+        raw = path.read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    try:
+        value = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 errors
+        raise CheckpointError(f"{path.name} is not valid JSON: {error}", where=str(path), remedy=DAMAGED) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path.name} holds a JSON {type(value).__name__}, not an object", where=str(path), remedy=DAMAGED
+        )
+    return value, raw

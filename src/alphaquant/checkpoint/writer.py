@@ -1,0 +1,174 @@
+"""Atomic files: a safetensors shard streamed and hashed as it is written, and small JSON, text and byte files.
+
+Each is written to ``<name>.tmp``, synced and renamed, so that a file with its final name is whole: a run that is
+killed at any moment resumes from what it finds.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+
+from alphaquant.checkpoint.shard import CHUNK_BYTES, DTYPES, iter_chunks
+from alphaquant.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+__all__ = ["ShardInfo", "write_bytes", "write_index", "write_json", "write_shard", "write_text"]
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """A written shard: file name, size in bytes, sha256 of the whole file, and its tensors in file order."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    tensor_names: tuple[str, ...]
+
+
+def write_shard(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ShardInfo:
+    """Write a safetensors file, byte for byte the same for the same tensors and metadata.
+
+    Tensors may lie on any device and have any strides; at most 16 MiB of them are copied at a time.
+
+    Raises:
+        OutputError: the file cannot be written (a full disk is named as such), or a tensor's dtype or name does not
+            go into a safetensors file. Nothing is left behind.
+    """
+    path = Path(path)
+    # Wide types first, as the safetensors library does: each tensor is then aligned to its own type.
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header = _encode_header(path, {name: tensors[name] for name in order}, metadata)
+    sha256 = hashlib.sha256(header)
+    num_bytes = len(header)
+    with _atomic_file(path) as file:
+        file.write(header)
+        for name in order:
+            tensor = tensors[name].detach()
+            for part in iter_chunks(tensor, CHUNK_BYTES // tensor.itemsize):
+                data = part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                file.write(data)
+                sha256.update(data)
+                num_bytes += len(data)
+    return ShardInfo(path.name, num_bytes, sha256.hexdigest(), tuple(order))
+
+
+def write_index(path: str | Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write ``model.safetensors.index.json``: the shard of each tensor, and the bytes of all tensors.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_json(path, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def write_json(path: str | Path, obj: Any, *, allow_nan: bool = False) -> None:
+    """Write an object as indented JSON, keys in their own order.
+
+    Args:
+        path: the file.
+        obj: what ``json.dumps`` takes.
+        allow_nan: write NaN and infinities as Python does; some models' config.json hold them.
+
+    Raises:
+        OutputError: the file cannot be written.
+        ValueError: a number is NaN or infinite, which JSON does not know.
+    """
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text as UTF-8.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file's bytes.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with _atomic_file(Path(path)) as file:
+        file.write(data)
+
+
+@contextmanager
+def _atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name only when it is complete and on the disk; on any failure nothing is left."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_directory(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that cannot sync a directory say so with EINVAL
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _encode_header(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    start = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES or name == "__metadata__":
+            raise OutputError(
+                f"tensor {name!r} of dtype {str(tensor.dtype).removeprefix('torch.')} does not go into a safetensors "
+                "file",
+                where=str(path),
+                remedy=f"dtypes that are written: {', '.join(DTYPES)}; '__metadata__' is no tensor's name",
+            )
+        end = start + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    if error.errno in _DISK_FULL:
+        return OutputError(
+            f"the disk is full: {path.name} cannot be written",
+            where=str(path),
+            remedy="free space, or give another output directory; a stopped run resumes where it was",
+        )
+    return OutputError(
+        f"{path.name} cannot be written: {error.strerror or error}",
+        where=str(path),
+        remedy="check that the output directory exists and may be written",
+    )

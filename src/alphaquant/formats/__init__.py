@@ -1,0 +1,40 @@
+"""What a number is: formats, their grids and scales, and how codes are packed into bits."""
+
+from alphaquant.formats.codec import (
+    QuantizedTensor,
+    dequantize,
+    initial_scale,
+    matrix_scale,
+    quantize,
+    quantize_values,
+    quantize_with,
+    round_scale,
+)
+from alphaquant.formats.grid import decode, encode, round_to_grid
+from alphaquant.formats.packing import pack_int32, pack_rows, unpack_int32, unpack_rows
+from alphaquant.formats.spec import FORMATS, UNQUANTIZED, ElementKind, Format, ScaleKind, Scheme, parse_format
+
+__all__ = [
+    "FORMATS",
+    "UNQUANTIZED",
+    "ElementKind",
+    "Format",
+    "QuantizedTensor",
+    "ScaleKind",
+    "Scheme",
+    "decode",
+    "dequantize",
+    "encode",
+    "initial_scale",
+    "matrix_scale",
+    "pack_int32",
+    "pack_rows",
+    "parse_format",
+    "quantize",
+    "quantize_values",
+    "quantize_with",
+    "round_scale",
+    "round_to_grid",
+    "unpack_int32",
+    "unpack_rows",
+]

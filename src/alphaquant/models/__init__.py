@@ -1,0 +1,31 @@
+"""Our own model definitions: typed descriptors, one decoder, weights read layer by layer."""
+
+from alphaquant.models.decoder import Decoder, LayerWeights, attention_half, head_input, head_weight, mlp_half, rope_for
+from alphaquant.models.families import FAMILIES, detect
+from alphaquant.models.spec import MLPSpec, ModelSpec, MoESpec, Parameter, Source
+from alphaquant.models.tap import Routing, Tap
+from alphaquant.models.weights import TensorSource, check_tensors, load_decoder, read_layer, read_outer
+
+__all__ = [
+    "FAMILIES",
+    "Decoder",
+    "LayerWeights",
+    "MLPSpec",
+    "MoESpec",
+    "ModelSpec",
+    "Parameter",
+    "Routing",
+    "Source",
+    "Tap",
+    "TensorSource",
+    "attention_half",
+    "check_tensors",
+    "detect",
+    "head_input",
+    "head_weight",
+    "load_decoder",
+    "mlp_half",
+    "read_layer",
+    "read_outer",
+    "rope_for",
+]

@@ -1,0 +1,128 @@
+"""Attention half of a layer.
+
+Shapes: B sequences, L positions, D hidden, H query heads, K key-value heads, C head channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from alphaquant.models.spec import AttentionSpec, QKNorm, RopeKind, RopeSpec, Source
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from alphaquant.models.tap import Tap
+
+__all__ = ["KeyValueCache", "attention", "rms_norm", "rope_tables"]
+
+
+class KeyValueCache:
+    """Keys and values of one layer, grown as tokens are generated."""
+
+    def __init__(self) -> None:
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of positions held."""
+        return 0 if self._keys is None else self._keys.shape[2]
+
+    def append(self, k_BKLC: Tensor, v_BKLC: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new positions; return all keys and values."""
+        if self._keys is not None and self._values is not None:
+            k_BKLC = torch.cat([self._keys, k_BKLC], 2)
+            v_BKLC = torch.cat([self._values, v_BKLC], 2)
+        self._keys, self._values = k_BKLC, v_BKLC
+        return k_BKLC, v_BKLC
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis, computed in fp32 (Zhang and Sennrich 2019)."""
+    x_fp32 = x.float()
+    normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rope_tables(spec: RopeSpec, head_dim: int, positions_L: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `[L, C]` in fp32 of the rotary embedding at the given positions.
+
+    Source: Su et al. 2021 (RoFormer), half-split layout; `llama3` as published with Llama 3.1.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions_L.device).float() / head_dim
+    inv_freq = 1.0 / spec.theta**exponents
+    if spec.kind is RopeKind.LINEAR:
+        inv_freq = inv_freq / spec.factor
+    elif spec.kind is RopeKind.LLAMA3:
+        wavelength = 2 * math.pi / inv_freq
+        turns = spec.original_max_positions / wavelength
+        smooth = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
+        smooth = smooth.clamp(0, 1)
+        inv_freq = (1 - smooth) * inv_freq / spec.factor + smooth * inv_freq
+    angles = positions_L.float()[:, None] * inv_freq[None]
+    angles = torch.cat([angles, angles], -1)
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x_BHLC: Tensor, cos_LC: Tensor, sin_LC: Tensor) -> Tensor:
+    first, second = x_BHLC.chunk(2, -1)
+    return x_BHLC * cos_LC + torch.cat([-second, first], -1) * sin_LC
+
+
+def _causal_mask(query_len: int, key_len: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Boolean mask of what each query may see; None where plain causal attention says it all."""
+    if query_len == key_len and (window is None or key_len <= window):
+        return None
+    query = torch.arange(key_len - query_len, key_len, device=device)[:, None]
+    key = torch.arange(key_len, device=device)[None]
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)
+
+
+def attention(
+    x_BLD: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: AttentionSpec,
+    eps: float,
+    rope_LC: tuple[Tensor, Tensor],
+    tap: Tap | None = None,
+    cache: KeyValueCache | None = None,
+) -> Tensor:
+    """Causal self-attention of normed inputs `[B, L, D]`, without the residual.
+
+    With a `tap` it shows every linear's input and skips the last product: the result is then meaningless.
+    """
+    if tap is not None:
+        tap(Source.ATTENTION_IN, x_BLD)
+
+    def project(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, weights[f"self_attn.{name}.weight"], weights.get(f"self_attn.{name}.bias"))
+
+    q, k, v = project("q_proj", x_BLD), project("k_proj", x_BLD), project("v_proj", x_BLD)
+    if spec.qk_norm is QKNorm.FULL:
+        q = rms_norm(q, weights["self_attn.q_norm.weight"], eps)
+        k = rms_norm(k, weights["self_attn.k_norm.weight"], eps)
+    if spec.clip_qkv is not None:
+        q, k, v = (t.clamp(-spec.clip_qkv, spec.clip_qkv) for t in (q, k, v))
+    q, k, v = (t.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2) for t in (q, k, v))
+    if spec.qk_norm is QKNorm.HEAD:
+        q = rms_norm(q, weights["self_attn.q_norm.weight"], eps)
+        k = rms_norm(k, weights["self_attn.k_norm.weight"], eps)
+    cos, sin = (table.to(q.dtype) for table in rope_LC)
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    if cache is not None:
+        k, v = cache.append(k, v)
+    mask = _causal_mask(q.shape[2], k.shape[2], spec.sliding_window, q.device)
+    grouped = spec.num_kv_heads != spec.num_heads
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    context_BLD = context.transpose(1, 2).flatten(2)
+    if tap is not None:
+        tap(Source.ATTENTION_OUT, context_BLD)
+        return x_BLD
+    return project("o_proj", context_BLD)

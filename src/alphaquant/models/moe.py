@@ -1,0 +1,112 @@
+"""Feed-forward half of a layer: dense, or routed experts with shared ones beside them.
+
+Shapes: T tokens, K experts of a token, R = T * K routed rows, E experts, D hidden, F inner width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from alphaquant.models.spec import MLPSpec, MoESpec, Source
+from alphaquant.models.tap import Routing
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from alphaquant.models.tap import Tap
+
+__all__ = ["Choice", "feed_forward", "route"]
+
+
+class Choice(NamedTuple):
+    """The router's choice: experts `topk_ids_TK` and the scores that weight their outputs (fp32)."""
+
+    topk_ids_TK: Tensor
+    score_TK: Tensor
+
+
+def route(x_TD: Tensor, router_ED: Tensor, spec: MoESpec) -> Choice:
+    """Softmax over all experts in fp32, then top-k, renormalised only where the model says so."""
+    probs_TE = F.linear(x_TD, router_ED).float().softmax(-1)
+    score_TK, topk_ids_TK = probs_TE.topk(spec.top_k, -1)
+    if spec.normalize_top_k:
+        score_TK = score_TK / score_TK.sum(-1, keepdim=True)
+    return Choice(topk_ids_TK, score_TK)
+
+
+def feed_forward(
+    x_BLD: Tensor, weights: Mapping[str, Tensor], spec: MLPSpec | MoESpec, tap: Tap | None = None
+) -> Tensor:
+    """Feed-forward block on normed inputs `[B, L, D]`, without the residual.
+
+    With a `tap` it shows every linear's input and skips the last products: the result is then meaningless.
+    """
+    x_TD = x_BLD.flatten(0, -2)
+    if isinstance(spec, MLPSpec):
+        if tap is not None:
+            tap(Source.MLP_IN, x_TD)
+        out = _mlp(x_TD, weights, "mlp", Source.MLP_HIDDEN, None, tap)
+        return out.view_as(x_BLD) if tap is None else x_BLD
+    out = _routed(x_TD, weights, spec, tap)
+    if spec.shared is not None:
+        gate = None
+        if spec.shared_gate:
+            gate = torch.sigmoid(F.linear(x_TD, weights["mlp.shared_expert_gate.weight"]))
+        routing = None if gate is None else Routing(torch.tensor([x_TD.shape[0]]), gate[:, 0].float())
+        if tap is not None:
+            tap(Source.SHARED_IN, x_TD, routing)
+        shared = _mlp(x_TD, weights, "mlp.shared_expert", Source.SHARED_HIDDEN, routing, tap)
+        if tap is None:
+            out = out + (shared if gate is None else shared * gate)
+    return out.view_as(x_BLD) if tap is None else x_BLD
+
+
+def _mlp(
+    x_TD: Tensor,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    hidden_source: Source,
+    routing: Routing | None,
+    tap: Tap | None,
+) -> Tensor:
+    def project(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, weights[f"{prefix}.{name}.weight"], weights.get(f"{prefix}.{name}.bias"))
+
+    hidden_TF = F.silu(project("gate_proj", x_TD)) * project("up_proj", x_TD)
+    if tap is not None:
+        tap(hidden_source, hidden_TF, routing)
+        return x_TD
+    return project("down_proj", hidden_TF)
+
+
+def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap | None) -> Tensor:
+    choice = route(x_TD, weights["mlp.gate.weight"], spec)
+    order_R = choice.topk_ids_TK.flatten().argsort(stable=True)
+    counts_E = choice.topk_ids_TK.flatten().bincount(minlength=spec.num_experts)
+    x_RD = x_TD[order_R // spec.top_k]
+    if tap is not None:
+        routing = Routing(counts_E, choice.score_TK.flatten()[order_R])
+        tap(Source.MLP_IN, x_TD)
+        tap(Source.EXPERT_IN, x_RD, routing)
+        tap(Source.EXPERT_HIDDEN, _expert_hidden(x_RD, counts_E, weights), routing)
+        return x_TD
+    hidden_RF = _expert_hidden(x_RD, counts_E, weights)
+    out_RD = _grouped_linear(hidden_RF, weights["mlp.experts.down_proj.weight"], counts_E)
+    # back to token order; a gather and a fixed-order sum are deterministic on every device, index_add is not
+    out_TKD = torch.empty_like(out_RD).index_copy(0, order_R, out_RD).unflatten(0, (-1, spec.top_k))
+    return torch.bmm(choice.score_TK.to(out_TKD.dtype)[:, None], out_TKD)[:, 0]
+
+
+def _expert_hidden(x_RD: Tensor, counts_E: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    gate_RF = _grouped_linear(x_RD, weights["mlp.experts.gate_proj.weight"], counts_E)
+    return F.silu(gate_RF) * _grouped_linear(x_RD, weights["mlp.experts.up_proj.weight"], counts_E)
+
+
+def _grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """Rows sorted by expert times each expert's weight: `[R, I] x [E, O, I] -> [R, O]`."""
+    parts = x_RI.split(counts_E.tolist())
+    return torch.cat([F.linear(part, w_OI) for part, w_OI in zip(parts, w_EOI.unbind(), strict=True)])

@@ -1,0 +1,141 @@
+"""Reading a layer's weights from a checkpoint, experts stacked `[E, O, I]` straight from disk."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from alphaquant.errors import CheckpointError, NumericsError
+from alphaquant.models.decoder import Decoder, LayerWeights
+
+if TYPE_CHECKING:
+    from alphaquant.models.spec import ModelSpec, Parameter
+
+__all__ = ["TensorSource", "check_tensors", "load_decoder", "read_layer", "read_outer"]
+
+# buffers that old checkpoints carry and that follow from the config
+_KNOWN_BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+
+class TensorSource(Protocol):
+    """Anything that yields a checkpoint's tensors by name: plain, or de-quantizing as it reads."""
+
+    def names(self) -> tuple[str, ...]:
+        """All tensor names."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Read one tensor into `out`, cast to its dtype."""
+
+
+def check_tensors(source: TensorSource, spec: ModelSpec) -> None:
+    """Every tensor that the model needs is there in its shape, and none is left that nobody reads.
+
+    Raises:
+        CheckpointError: names the missing, unread or misshapen tensors.
+    """
+    found, expected = set(source.names()), spec.expected_tensors()
+    if spec.tie_embeddings:
+        found.discard("lm_head.weight")
+    unread = sorted(n for n in found - expected if not n.endswith(_KNOWN_BUFFERS))
+    missing = sorted(expected - found)
+    if missing:
+        close = get_close_matches(missing[0], unread, 1)
+        raise CheckpointError(
+            f"{len(missing)} tensors of the model are not in the checkpoint: {_some(missing)}",
+            where=f"family {spec.family}",
+            remedy=f"did you mean {close[0]}? the names must be those of the family" if close else None,
+        )
+    if unread:
+        raise CheckpointError(
+            f"the checkpoint holds {len(unread)} tensors that the model has no place for: {_some(unread)}",
+            where=f"family {spec.family}",
+            remedy="check that config.json belongs to these weights",
+        )
+    for layer in range(spec.num_layers):
+        for parameter in spec.parameters(layer):
+            for name in spec.tensor_names(layer, parameter):
+                _check_shape(source, name, parameter)
+    for parameter in spec.outer_parameters():
+        _check_shape(source, f"{parameter.role}.{parameter.leaf}", parameter)
+
+
+def _check_shape(source: TensorSource, name: str, parameter: Parameter) -> None:
+    shape = source.shape(name)
+    if shape != parameter.shape:
+        raise CheckpointError(
+            f"{name} has shape {list(shape)}; config.json implies {list(parameter.shape)}",
+            remedy="check that config.json belongs to these weights",
+        )
+
+
+def _some(names: list[str], limit: int = 4) -> str:
+    return ", ".join(names[:limit]) + (f" … and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def read_layer(
+    source: TensorSource, spec: ModelSpec, layer: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> LayerWeights:
+    """All weights of one layer, by `Parameter.key`.
+
+    Raises:
+        NumericsError: names a tensor that holds NaN or infinity.
+    """
+    weights: LayerWeights = {}
+    for parameter in spec.parameters(layer):
+        names = spec.tensor_names(layer, parameter)
+        if parameter.num_experts is None:
+            weights[parameter.key] = _read(source, names[0], parameter.shape, dtype).to(device)
+            continue
+        stacked = torch.empty(parameter.num_experts, *parameter.shape, dtype=dtype)
+        for out, name in zip(stacked.unbind(), names, strict=True):
+            source.read_into(name, out)
+        if not _finite(stacked):
+            bad = next(name for out, name in zip(stacked.unbind(), names, strict=True) if not _finite(out))
+            raise _not_finite(bad)
+        weights[parameter.key] = stacked.to(device)
+    return weights
+
+
+def read_outer(
+    source: TensorSource, spec: ModelSpec, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> LayerWeights:
+    """Embedding, final norm and head (absent where tied), by tensor name."""
+    return {
+        f"{p.role}.{p.leaf}": _read(source, f"{p.role}.{p.leaf}", p.shape, dtype).to(device)
+        for p in spec.outer_parameters()
+    }
+
+
+def load_decoder(
+    source: TensorSource, spec: ModelSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Decoder:
+    """The whole model in memory."""
+    dtype = spec.dtype if dtype is None else dtype
+    check_tensors(source, spec)
+    layers = [read_layer(source, spec, index, dtype, device) for index in range(spec.num_layers)]
+    return Decoder(spec, read_outer(source, spec, dtype, device), layers)
+
+
+def _read(source: TensorSource, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    out = torch.empty(shape, dtype=dtype)
+    source.read_into(name, out)
+    if not _finite(out):
+        raise _not_finite(name)
+    return out
+
+
+def _finite(x: Tensor) -> bool:
+    # a sum is one pass without a temporary; only where it overflows is each element looked at
+    return bool(torch.isfinite(x.sum(dtype=torch.float32))) or bool(torch.isfinite(x).all())
+
+
+def _not_finite(name: str) -> NumericsError:
+    return NumericsError(
+        "the weights hold NaN or infinity", where=name, remedy="the checkpoint is damaged: fetch it anew"
+    )

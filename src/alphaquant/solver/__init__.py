@@ -1,0 +1,30 @@
+"""The method: Hessians, factors, scales, GPTQ and its refinement, as pure functions batched over experts."""
+
+from alphaquant.solver.factor import Factor, damp, factorize
+from alphaquant.solver.gptq import Solution, solve
+from alphaquant.solver.hessian import Evidence, HessianSum
+from alphaquant.solver.method import Effort, Method, Outcome, Recipe, quantize_stack
+from alphaquant.solver.refine import refine
+from alphaquant.solver.rtn import hessian_loss, round_to_nearest
+from alphaquant.solver.scales import Scales, absmax_scales, search_scales
+
+__all__ = [
+    "Effort",
+    "Evidence",
+    "Factor",
+    "HessianSum",
+    "Method",
+    "Outcome",
+    "Recipe",
+    "Scales",
+    "Solution",
+    "absmax_scales",
+    "damp",
+    "factorize",
+    "hessian_loss",
+    "quantize_stack",
+    "refine",
+    "round_to_nearest",
+    "search_scales",
+    "solve",
+]

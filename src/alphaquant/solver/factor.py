@@ -1,0 +1,103 @@
+"""Damping and factorisation of Hessians: one Cholesky, no inverse.
+
+`H = M D Mᵀ` with `M` unit upper triangular: the feedback (LDLQ) form of GPTQ's matrix. Shapes: E experts, I inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Factor", "damp", "factorize"]
+
+_RETRIES = 4
+_RETRY_FACTOR = 10.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """Factorised damped Hessians, columns in walking order.
+
+    Attributes:
+        feedback_EII: `M`, unit upper triangular fp32: how a column's error moves the later ones.
+        curvature_EI: `D` fp32: what a squared rounding error of a column costs.
+        order_EI: walking order: position → input column.
+        damping_E: the damping used, relative to the mean diagonal.
+        retries_E: how often it was raised because the factorisation failed.
+    """
+
+    feedback_EII: Tensor
+    curvature_EI: Tensor
+    order_EI: Tensor
+    damping_E: Tensor
+    retries_E: Tensor
+
+
+def damp(h_EII: Tensor, damping_E: Tensor) -> Tensor:
+    """Hessians with `damping` times their mean diagonal added to the diagonal; the input is not changed.
+
+    Dead columns (zero diagonal) count as average ones, so they neither move others nor are moved. A Hessian of zeros
+    becomes a multiple of the identity: its solution is plain rounding.
+    """
+    diagonal_EI = h_EII.diagonal(dim1=1, dim2=2)
+    mean_E = diagonal_EI.mean(1)
+    mean_E = torch.where(mean_E > 0, mean_E, 1.0)[:, None]
+    alive_EI = torch.where(diagonal_EI > 0, diagonal_EI, mean_E)
+    damped_EII = h_EII.clone()
+    damped_EII.diagonal(dim1=1, dim2=2).copy_(alive_EI + damping_E.to(h_EII)[:, None] * mean_E)
+    return damped_EII
+
+
+def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True) -> Factor:
+    """Factorise damped Hessians (GPTQ's matrix in the form of Chee et al. 2023, QuIP, eq. 3).
+
+    Where the Cholesky fails, the damping is raised tenfold, up to four times; a Hessian that still fails keeps its
+    diagonal alone.
+
+    Args:
+        h_EII: symmetric positive semi-definite, fp32; not changed.
+        damping_E: added to the diagonal, relative to its mean.
+        act_order: walk columns by falling diagonal (stable for ties), else in natural order.
+    """
+    num_experts, size, _ = h_EII.shape
+    damping_E = damping_E.to(h_EII.device, torch.float32).clone()
+    retries_E = torch.zeros(num_experts, dtype=torch.int64, device=h_EII.device)
+    if act_order:
+        order_EI = h_EII.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    else:
+        order_EI = torch.arange(size, device=h_EII.device).repeat(num_experts, 1)
+    damped_EII = _reorder(damp(h_EII, damping_E), order_EI)
+    # flipping both axes turns the lower Cholesky factor into the upper one
+    chol_EII, info_E = torch.linalg.cholesky_ex(damped_EII.flip(1, 2))
+    failed = info_E.nonzero()[:, 0]
+    for _ in range(_RETRIES):
+        if failed.numel() == 0:
+            break
+        damping_E[failed] *= _RETRY_FACTOR
+        retries_E[failed] += 1
+        damped_EII[failed] = _reorder(damp(h_EII[failed], damping_E[failed]), order_EI[failed])
+        chol_EII[failed], info_E = torch.linalg.cholesky_ex(damped_EII[failed].flip(1, 2))
+        failed = failed[info_E != 0]
+    diagonal_EI = damped_EII.diagonal(dim1=1, dim2=2)
+    if failed.numel() > 0:
+        retries_E[failed] += 1
+        chol_EII[failed] = torch.diag_embed(diagonal_EI[failed].sqrt()).flip(1, 2)
+    upper_EII = chol_EII.flip(1, 2)
+    root_EI = upper_EII.diagonal(dim1=1, dim2=2)
+    return Factor(
+        feedback_EII=upper_EII / root_EI[:, None, :],
+        curvature_EI=root_EI.square(),
+        order_EI=order_EI,
+        damping_E=damping_E,
+        retries_E=retries_E,
+    )
+
+
+def _reorder(h_EII: Tensor, order_EI: Tensor) -> Tensor:
+    rows = h_EII.gather(1, order_EI[:, :, None].expand_as(h_EII))
+    return rows.gather(2, order_EI[:, None, :].expand_as(h_EII))

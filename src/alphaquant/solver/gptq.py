@@ -1,0 +1,127 @@
+"""GPTQ, batched over experts: walk the columns, round each, let the later ones make up for its error.
+
+Shapes: E experts, O rows (outputs), I columns (inputs), G groups. Inside the walk columns lie first, `[E, I, O]`, so
+that a column of all experts is contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from alphaquant.formats import QuantizedTensor, encode, quantize_values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from alphaquant.formats import Scheme
+    from alphaquant.solver.factor import Factor
+    from alphaquant.solver.scales import Scales
+
+__all__ = ["Columns", "Solution", "solve"]
+
+_LEAF = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solution:
+    """A quantized weight and its loss `tr(E H Eᵀ)` under the damped Hessian, a row: `loss_EO`."""
+
+    quantized: QuantizedTensor
+    loss_EO: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """A weight and its scales in walking order, `[E, I, O]`."""
+
+    w_EIO: Tensor
+    step_EIO: Tensor
+    zero_EIO: Tensor | None
+
+    @classmethod
+    def of(cls, w_EOI: Tensor, scales: Scales, scheme: Scheme, order_EI: Tensor) -> Columns:
+        """Columns of a weight in the given order, each with the scale and zero point of its own group."""
+        in_features = w_EOI.shape[2]
+        group_EI = order_EI // (in_features // scheme.num_groups(in_features))
+
+        def spread(x_EOG: Tensor, index_EI: Tensor) -> Tensor:
+            index = index_EI[:, :, None].expand(-1, -1, x_EOG.shape[1])
+            return x_EOG.transpose(1, 2).gather(1, index)
+
+        zero = None if scales.zero is None else spread(scales.zero.float(), group_EI)
+        return cls(spread(w_EOI.float(), order_EI), spread(scales.effective(), group_EI), zero)
+
+    def round(self, target_EO: Tensor, column: int, scheme: Scheme) -> Tensor:
+        """Grid values of one column's targets."""
+        zero = None if self.zero_EIO is None else self.zero_EIO[:, column]
+        return quantize_values(target_EO, self.step_EIO[:, column], zero, scheme.format)
+
+
+def solve(w_EOI: Tensor, factor: Factor, scheme: Scheme, scales: Scales, block_size: int = 128) -> Solution:
+    """Quantize weights column by column with error feedback, scales fixed beforehand.
+
+    With `H = M D Mᵀ`: `t_j = w_j + Σ_{k<j} (w_k - q_k) M[k, j]`, `q_j = round(t_j)`, loss `Σ_j D_j (t_j - q_j)²`: the
+    codes of Frantar et al. 2022 (GPTQ), in the form of Chee et al. 2023 (QuIP). Columns keep the scale of their own
+    group whatever the walking order.
+
+    Args:
+        w_EOI: weights, not changed.
+        factor: of the inputs' Hessians.
+        scheme: number format and groups.
+        scales: from `alphaquant.solver.scales`.
+        block_size: columns that are walked before their error reaches the rest; changes speed only.
+    """
+    columns = Columns.of(w_EOI, scales, scheme, factor.order_EI)
+    target_EIO = columns.w_EIO.clone()
+    value_EIO, error_EIO = torch.empty_like(target_EIO), torch.empty_like(target_EIO)
+    feedback = factor.feedback_EII
+    size = w_EOI.shape[2]
+
+    def push(start: int, mid: int, end: int) -> None:
+        """Errors of columns start…mid reach columns mid…end."""
+        target_EIO[:, mid:end].baddbmm_(feedback[:, start:mid, mid:end].transpose(1, 2), error_EIO[:, start:mid])
+
+    def walk(start: int, end: int) -> None:
+        if end - start > _LEAF:
+            mid = start + (end - start + 1) // 2
+            walk(start, mid)
+            push(start, mid, end)
+            walk(mid, end)
+            return
+        for j in range(start, end):
+            target = target_EIO[:, j]
+            value = columns.round(target, j, scheme)
+            quantized = value * columns.step_EIO[:, j]
+            value_EIO[:, j] = value
+            torch.sub(columns.w_EIO[:, j], quantized, out=error_EIO[:, j])
+            target.sub_(quantized)  # what is left in place is t - q, which the loss needs
+            if j + 1 < end:
+                reach = feedback[:, j, j + 1 : end, None]
+                target_EIO[:, j + 1 : end].addcmul_(reach, error_EIO[:, j, None])
+
+    for start in range(0, size, block_size):
+        if start:
+            push_end = min(start + block_size, size)
+            push(0, start, push_end)
+        walk(start, min(start + block_size, size))
+    loss_EO = (target_EIO.square_() * factor.curvature_EI[:, :, None]).sum(1)
+    return Solution(_collect(value_EIO, scales, scheme, factor.order_EI), loss_EO)
+
+
+def _collect(value_EIO: Tensor, scales: Scales, scheme: Scheme, order_EI: Tensor) -> QuantizedTensor:
+    """Grid values in walking order to codes in natural order."""
+    restore = order_EI.argsort(1)[:, :, None].expand_as(value_EIO)
+    value_EOI = value_EIO.gather(1, restore).transpose(1, 2).contiguous()
+    codes = encode_grouped(value_EOI, scales.zero, scheme)
+    return QuantizedTensor(codes, scales.scale, scales.zero, scales.global_scale, scheme)
+
+
+def encode_grouped(value_EOI: Tensor, zero_EOG: Tensor | None, scheme: Scheme) -> Tensor:
+    """Codes of grid values `[E, O, I]`."""
+    if zero_EOG is None:
+        return encode(value_EOI, scheme.format)
+    grouped = value_EOI.unflatten(-1, (zero_EOG.shape[-1], -1))
+    return encode(grouped, scheme.format, zero_EOG[..., None]).flatten(-2)

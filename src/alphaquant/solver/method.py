@@ -1,0 +1,206 @@
+"""The whole method for one stack of matrices that share a scheme: weights and Hessians in, codes and records out.
+
+Shapes: E experts, O rows, I columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+
+from alphaquant.formats import ScaleKind, matrix_scale
+from alphaquant.solver.factor import Factor, damp, factorize
+from alphaquant.solver.gptq import Solution, solve
+from alphaquant.solver.refine import refine
+from alphaquant.solver.rtn import hessian_loss, round_to_nearest
+from alphaquant.solver.scales import absmax_scales, search_scales
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+    from alphaquant.formats import QuantizedTensor, Scheme
+
+__all__ = ["Effort", "Method", "Outcome", "Recipe", "quantize_stack"]
+
+_WORKSPACE_WEIGHTS = 1 << 24  # weights solved at a time; about ten fp32 copies of them are alive
+
+
+class Method(Enum):
+    """How codes are chosen."""
+
+    GPTQ = "gptq"
+    RTN = "rtn"
+
+
+class Effort(Enum):
+    """How much is spent: absmax scales and the walk; scale search and one refinement; more refinement."""
+
+    FAST = "fast"
+    DEFAULT = "default"
+    BEST = "best"
+
+
+# rounds of (scale refit, sweeps of coordinate descent) after the walk
+_REFINEMENT = {Effort.FAST: (0, 0), Effort.DEFAULT: (1, 1), Effort.BEST: (3, 2)}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Settings of the method.
+
+    Attributes:
+        method: GPTQ, or round to nearest.
+        effort: how much is spent on scales and refinement.
+        act_order: walk columns by falling Hessian diagonal, groups staying where they are.
+        block_size: columns that are walked before their errors reach the rest; speed only.
+        damping: least damping, relative to the mean diagonal.
+        damping_evidence: damping is at least this times inputs / effective samples.
+        routing_power: a routed row weighs its score to this power.
+        rtn_below: experts with fewer effective samples than this share of their inputs are rounded to nearest.
+    """
+
+    method: Method = Method.GPTQ
+    effort: Effort = Effort.DEFAULT
+    act_order: bool = True
+    block_size: int = 128
+    damping: float = 0.01
+    damping_evidence: float = 0.1
+    routing_power: float = 1.0
+    rtn_below: float = 0.25
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """Codes of a stack and what choosing them cost.
+
+    Attributes:
+        quantized: codes and scales `[E, O, I]`.
+        loss_EO: `e H eᵀ` of each row under the damped mean Hessian; the squared error without calibration.
+        energy_EO: `w H wᵀ` of each row: loss over energy is the relative error of the output.
+        damping_E: damping used; zero where rounded to nearest.
+        retries_E: how often the damping was raised to make the factorisation succeed.
+        fallback_E: true where GPTQ was asked for and the evidence was too thin.
+    """
+
+    quantized: QuantizedTensor
+    loss_EO: Tensor
+    energy_EO: Tensor
+    damping_E: Tensor
+    retries_E: Tensor
+    fallback_E: Tensor
+
+
+def quantize_stack(
+    w_EOI: Tensor, h_EII: Tensor | None, effective_E: Tensor | None, scheme: Scheme, recipe: Recipe
+) -> Outcome:
+    """Quantize a stack of matrices; experts and rows go through in parts that bound the workspace.
+
+    Args:
+        w_EOI: weights, any float type, not changed.
+        h_EII: mean Hessians of their inputs, fp32, not changed; None without calibration: plain rounding.
+        effective_E: effective sample sizes behind the Hessians.
+        scheme: number format and groups.
+        recipe: settings.
+    """
+    num_experts, out_features, in_features = w_EOI.shape
+    if h_EII is None or effective_E is None or recipe.method is Method.RTN:
+        fallback_E = torch.zeros(num_experts, dtype=torch.bool)
+        rounded_E = torch.ones(num_experts, dtype=torch.bool)
+    else:
+        rounded_E = fallback_E = effective_E.cpu() < recipe.rtn_below * in_features
+    experts_a_part = max(1, _WORKSPACE_WEIGHTS // (max(out_features, in_features) * in_features))
+    order, parts = [], []
+    for is_rounded in (True, False):
+        for experts in (rounded_E == is_rounded).nonzero()[:, 0].split(experts_a_part):
+            if experts.numel() == 0:
+                continue
+            index = experts.to(w_EOI.device)
+            h_part = None if h_EII is None else h_EII[index]
+            damping_E = None if effective_E is None else _damping(effective_E[experts], in_features, recipe)
+            part = _quantize_part(w_EOI[index], h_part, damping_E, scheme, recipe, rounded=is_rounded)
+            parts.append(replace(part, fallback_E=fallback_E[experts]))
+            order.append(experts)
+    return _map(lambda *x: torch.cat(x)[torch.cat(order).argsort().to(x[0].device)], parts)
+
+
+def _damping(effective_E: Tensor, in_features: int, recipe: Recipe) -> Tensor:
+    """Damping by evidence: the fewer samples an input has, the less its correlations are trusted."""
+    return (recipe.damping_evidence * in_features / effective_E.clamp_min(1)).clamp_min(recipe.damping).float()
+
+
+def _quantize_part(
+    w_EOI: Tensor, h_EII: Tensor | None, damping_E: Tensor | None, scheme: Scheme, recipe: Recipe, *, rounded: bool
+) -> Outcome:
+    num_experts, out_features, in_features = w_EOI.shape
+    nothing_E = torch.zeros(num_experts)
+    factor, damped_EII = None, None
+    if h_EII is not None and damping_E is not None:
+        if not rounded:
+            factor = factorize(h_EII, damping_E, act_order=recipe.act_order)
+            damping_E = factor.damping_E
+        damped_EII = damp(h_EII, damping_E)
+    # a matrix has one scale of its own in NVFP4, whichever rows are solved together
+    global_scale_E = matrix_scale(w_EOI) if scheme.format.scale is ScaleKind.E4M3 else None
+    parts = []
+    for w_part in w_EOI.split(max(1, _WORKSPACE_WEIGHTS // (num_experts * in_features)), 1):
+        w_part_EOI = w_part.float()
+        solution = _solve_rows(w_part_EOI, damped_EII, factor, scheme, recipe, global_scale_E)
+        outcome = Outcome(
+            quantized=solution.quantized,
+            loss_EO=solution.loss_EO,
+            energy_EO=hessian_loss(w_part_EOI, damped_EII),
+            damping_E=nothing_E if factor is None else factor.damping_E.cpu(),
+            retries_E=nothing_E.long() if factor is None else factor.retries_E.cpu(),
+            fallback_E=nothing_E.bool(),
+        )
+        parts.append(outcome)
+    return _map(lambda *x: torch.cat(x, 1) if x[0].ndim > 1 else x[0], parts)
+
+
+def _solve_rows(
+    w_EOI: Tensor,
+    damped_EII: Tensor | None,
+    factor: Factor | None,
+    scheme: Scheme,
+    recipe: Recipe,
+    global_scale_E: Tensor | None,
+) -> Solution:
+    search = recipe.effort is not Effort.FAST
+    if factor is None or damped_EII is None:
+        importance_EI = None if damped_EII is None else damped_EII.diagonal(dim1=1, dim2=2)
+        scales = (
+            search_scales(w_EOI, scheme, importance_EI, global_scale_E)
+            if search
+            else absmax_scales(w_EOI, scheme, global_scale_E)
+        )
+        return round_to_nearest(w_EOI, scheme, scales, damped_EII)
+    choose = search_scales if search else absmax_scales
+    scales = choose(w_EOI, scheme, global_scale_E=global_scale_E)
+    solution = solve(w_EOI, factor, scheme, scales, recipe.block_size)
+    rounds, sweeps = _REFINEMENT[recipe.effort]
+    return refine(w_EOI, damped_EII, solution, rounds=rounds, sweeps=sweeps) if rounds else solution
+
+
+def _map(join: Callable[..., Tensor], parts: list[Outcome]) -> Outcome:
+    """Join the tensors of several outcomes."""
+    quantized = [part.quantized for part in parts]
+
+    def each(name: str, owners: Sequence[object]) -> Tensor:
+        return join(*(getattr(owner, name) for owner in owners))
+
+    first = quantized[0]
+    return Outcome(
+        quantized=replace(
+            first,
+            codes=each("codes", quantized),
+            scale=each("scale", quantized),
+            zero=None if first.zero is None else each("zero", quantized),
+            global_scale=None if first.global_scale is None else each("global_scale", quantized),
+        ),
+        **{name: each(name, parts) for name in ("loss_EO", "energy_EO", "damping_E", "retries_E", "fallback_E")},
+    )
