@@ -2,7 +2,7 @@
 
 from alphaquant.solver.factor import Factor, damp, factorize
 from alphaquant.solver.gptq import Solution, solve
-from alphaquant.solver.hessian import Evidence, HessianSum
+from alphaquant.solver.hessian import Evidence, EvidenceSum, HessianSum
 from alphaquant.solver.method import Effort, Method, Outcome, Recipe, quantize_stack
 from alphaquant.solver.refine import refine
 from alphaquant.solver.rtn import hessian_loss, round_to_nearest
@@ -11,6 +11,7 @@ from alphaquant.solver.scales import Scales, absmax_scales, search_scales
 __all__ = [
     "Effort",
     "Evidence",
+    "EvidenceSum",
     "Factor",
     "HessianSum",
     "Method",

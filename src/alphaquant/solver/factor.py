@@ -17,6 +17,7 @@ __all__ = ["Factor", "damp", "factorize"]
 
 _RETRIES = 4
 _RETRY_FACTOR = 10.0
+_FIRST_RETRY = 1e-4  # ten times no damping is no damping
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,8 +57,8 @@ def damp(h_EII: Tensor, damping_E: Tensor) -> Tensor:
 def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True) -> Factor:
     """Factorise damped Hessians (GPTQ's matrix in the form of Chee et al. 2023, QuIP, eq. 3).
 
-    Where the Cholesky fails, the damping is raised tenfold, up to four times; a Hessian that still fails keeps its
-    diagonal alone.
+    Where the Cholesky fails, the damping is raised tenfold (to 1e-4 at least), up to four times; a Hessian that still
+    fails keeps its diagonal alone.
 
     Args:
         h_EII: symmetric positive semi-definite, fp32; not changed.
@@ -78,7 +79,7 @@ def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True) -> Fa
     for _ in range(_RETRIES):
         if failed.numel() == 0:
             break
-        damping_E[failed] *= _RETRY_FACTOR
+        damping_E[failed] = (damping_E[failed] * _RETRY_FACTOR).clamp_min(_FIRST_RETRY)
         retries_E[failed] += 1
         damped_EII[failed] = _reorder(damp(h_EII[failed], damping_E[failed]), order_EI[failed])
         chol_EII[failed], info_E = torch.linalg.cholesky_ex(damped_EII[failed].flip(1, 2))

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
-__all__ = ["Evidence", "HessianSum"]
+__all__ = ["Evidence", "EvidenceSum", "HessianSum"]
 
 
 class Evidence(NamedTuple):
@@ -23,6 +21,42 @@ class Evidence(NamedTuple):
     tokens_E: Tensor
     score_mass_E: Tensor
     effective_E: Tensor
+
+
+class EvidenceSum:
+    """Counts and score sums for each expert; parts add exactly.
+
+    Args:
+        num_experts: 1 for a linear that sees every token.
+        power: a row weighs `score ** power`.
+    """
+
+    def __init__(self, num_experts: int, power: float) -> None:
+        self._power = power
+        self._tokens_E = torch.zeros(num_experts, dtype=torch.int64)
+        self._score_E, self.weight_E, self._square_E = torch.zeros(3, num_experts, dtype=torch.float64)
+
+    def add(self, counts: list[int], score_R: Tensor | None) -> Tensor | None:
+        """Add rows sorted by expert; returns their weights `[R]`, None where all are one."""
+        counts_E = torch.tensor(counts)
+        self._tokens_E += counts_E
+        if score_R is None:
+            self._score_E += counts_E
+            self.weight_E += counts_E
+            self._square_E += counts_E
+            return None
+        score_R = score_R.double()
+        weight_R = score_R**self._power
+        self._score_E += _expert_sums(score_R, counts)
+        self.weight_E += _expert_sums(weight_R, counts)
+        self._square_E += _expert_sums(weight_R.square(), counts)
+        return weight_R.float()
+
+    @property
+    def evidence(self) -> Evidence:
+        """Rows, score mass and effective sample size of each expert."""
+        effective_E = self.weight_E.square() / self._square_E.clamp_min(torch.finfo(torch.float64).tiny)
+        return Evidence(self._tokens_E.clone(), self._score_E.clone(), effective_E)
 
 
 class HessianSum:
@@ -36,45 +70,31 @@ class HessianSum:
     """
 
     def __init__(self, num_experts: int, in_features: int, power: float, device: torch.device | str = "cpu") -> None:
-        self.power = power
         self.sum_EII = torch.zeros(num_experts, in_features, in_features, device=device)
-        self._weight_E = torch.zeros(num_experts, dtype=torch.float64)
-        self._square_E = torch.zeros(num_experts, dtype=torch.float64)
-        self._score_E = torch.zeros(num_experts, dtype=torch.float64)
-        self._tokens_E = torch.zeros(num_experts, dtype=torch.int64)
+        self._evidence = EvidenceSum(num_experts, power)
 
     def add(self, x_RI: Tensor, counts: list[int] | None = None, score_R: Tensor | None = None) -> None:
         """Add rows, sorted by expert with `counts` rows each; `score_R` are their routing scores in the same order."""
         counts = [x_RI.shape[0]] if counts is None else counts
-        weight_R = None if score_R is None else score_R.float() ** self.power
-        for expert, rows in enumerate(_ranges(counts)):
-            if rows.start == rows.stop:
-                continue
-            count = rows.stop - rows.start
-            weight = None if weight_R is None else weight_R[rows]
-            self._tokens_E[expert] += count
-            self._score_E[expert] += count if score_R is None else score_R[rows].sum(dtype=torch.float64).item()
-            self._weight_E[expert] += count if weight is None else weight.sum(dtype=torch.float64).item()
-            self._square_E[expert] += count if weight is None else weight.double().square().sum().item()
-            _add_gram(self.sum_EII[expert], x_RI[rows], weight)
+        weight_R = self._evidence.add(counts, score_R)
+        weights = [None] * len(counts) if weight_R is None else weight_R.split(counts)
+        for sum_II, rows_RI, weight in zip(self.sum_EII, x_RI.split(counts), weights, strict=True):
+            if rows_RI.shape[0]:
+                _add_gram(sum_II, rows_RI, weight)
 
-    def normalized(self, experts: slice = slice(None)) -> Tensor:
+    def normalized(self) -> Tensor:
         """Mean Hessians `[E, I, I]` a unit of weight; zero for an expert that saw nothing."""
-        weight = self._weight_E[experts].clamp_min(torch.finfo(torch.float32).tiny)
-        return self.sum_EII[experts] / weight.float().to(self.sum_EII.device)[:, None, None]
+        weight_E = self._evidence.weight_E.clamp_min(torch.finfo(torch.float32).tiny).float()
+        return torch.div(self.sum_EII, weight_E.to(self.sum_EII.device)[:, None, None])
 
     @property
     def evidence(self) -> Evidence:
         """Rows, score mass and effective sample size of each expert."""
-        effective = self._weight_E.square() / self._square_E.clamp_min(torch.finfo(torch.float64).tiny)
-        return Evidence(self._tokens_E.clone(), self._score_E.clone(), effective)
+        return self._evidence.evidence
 
 
-def _ranges(counts: list[int]) -> Iterator[slice]:
-    start = 0
-    for count in counts:
-        yield slice(start, start + count)
-        start += count
+def _expert_sums(values_R: Tensor, counts: list[int]) -> Tensor:
+    return torch.stack([part.sum() for part in values_R.split(counts)]).cpu()
 
 
 def _add_gram(sum_II: Tensor, x_RI: Tensor, weight_R: Tensor | None) -> None:

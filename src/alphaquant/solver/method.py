@@ -136,7 +136,7 @@ def _damping(effective_E: Tensor, in_features: int, recipe: Recipe) -> Tensor:
 def _quantize_part(
     w_EOI: Tensor, h_EII: Tensor | None, damping_E: Tensor | None, scheme: Scheme, recipe: Recipe, *, rounded: bool
 ) -> Outcome:
-    num_experts, out_features, in_features = w_EOI.shape
+    num_experts, _, in_features = w_EOI.shape
     nothing_E = torch.zeros(num_experts)
     factor, damped_EII = None, None
     if h_EII is not None and damping_E is not None:

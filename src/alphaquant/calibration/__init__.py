@@ -1,0 +1,26 @@
+"""Calibration and evaluation text, and the token windows drawn from it."""
+
+from __future__ import annotations
+
+from alphaquant.calibration.texts import SOURCES, Conversation, Split, is_tokenised, load_rows, load_text
+from alphaquant.calibration.tokens import (
+    TokenBatch,
+    Tokenizer,
+    calibration_tokens,
+    evaluation_windows,
+    load_tokenizer,
+)
+
+__all__ = [
+    "SOURCES",
+    "Conversation",
+    "Split",
+    "TokenBatch",
+    "Tokenizer",
+    "calibration_tokens",
+    "evaluation_windows",
+    "is_tokenised",
+    "load_rows",
+    "load_text",
+    "load_tokenizer",
+]

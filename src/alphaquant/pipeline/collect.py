@@ -1,0 +1,47 @@
+"""Collecting: the Hessians of a half-layer's linears, and what the router did, from one forward pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from alphaquant.models import Source
+from alphaquant.solver import EvidenceSum, HessianSum
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from torch import Tensor
+
+    from alphaquant.models import Parameter, Routing
+
+__all__ = ["Collector"]
+
+
+class Collector:
+    """A tap that sums a Hessian for every wanted source, and always keeps what the experts saw.
+
+    Args:
+        parameters: the layer's; they say how wide each source is and how many experts read it.
+        wanted: sources whose linears are to be quantized.
+        routing_power: rows of routed sources weigh their score to this power.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], wanted: Collection[Source], routing_power: float) -> None:
+        self._power = routing_power
+        self._widths = {p.source: (p.num_experts or 1, p.shape[-1]) for p in parameters if p.source is not None}
+        self._wanted = wanted
+        self.hessians: dict[Source, HessianSum] = {}
+        self.experts: EvidenceSum | None = None
+
+    def __call__(self, source: Source, x: Tensor, routing: Routing | None = None) -> None:
+        """See `alphaquant.models.Tap`."""
+        counts = None if routing is None else routing.counts_E.tolist()
+        score_R = None if routing is None else routing.score_R
+        if source is Source.EXPERT_IN and counts is not None:
+            if self.experts is None:
+                self.experts = EvidenceSum(len(counts), self._power)
+            self.experts.add(counts, score_R)
+        if source in self._wanted:
+            if source not in self.hessians:
+                self.hessians[source] = HessianSum(*self._widths[source], self._power, x.device)
+            self.hessians[source].add(x.flatten(0, -2), counts, score_R)

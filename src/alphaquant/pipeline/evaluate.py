@@ -1,0 +1,137 @@
+"""Evaluating a checkpoint, original or quantized, layer by layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from alphaquant.calibration import evaluation_windows, is_tokenised, load_tokenizer
+from alphaquant.checkpoint import Checkpoint
+from alphaquant.errors import CalibrationError, ConfigError
+from alphaquant.evaluation import Quality, WindowScores, score_windows
+from alphaquant.layouts import open_source
+from alphaquant.models import (
+    Decoder,
+    ModelSpec,
+    TensorSource,
+    check_tensors,
+    detect,
+    head_input,
+    head_weight,
+    load_decoder,
+    read_layer,
+    read_outer,
+)
+from alphaquant.pipeline.run import compute_dtype
+from alphaquant.pipeline.stream import Progress, attend, chunks, embed, feed, silent
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from alphaquant.models import LayerWeights
+
+__all__ = ["evaluate_checkpoint", "load"]
+
+_HEAD_TOKENS = 1024  # tokens whose logits are alive together
+
+
+def load(path: Path, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Decoder:
+    """A checkpoint directory, original or quantized by us, as a model in memory that computes and generates.
+
+    Args:
+        path: checkpoint directory.
+        dtype: `auto` (the checkpoint's), `bf16`, `fp16` or `fp32`.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError, ConfigError: the directory is not a checkpoint of a known family.
+    """
+    source, spec = _open(path)
+    return load_decoder(source, spec, compute_dtype(dtype, spec, torch.device(device)), device)
+
+
+def evaluate_checkpoint(
+    path: Path,
+    *,
+    data: str,
+    seqlen: int,
+    max_windows: int | None = None,
+    against: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> Quality:
+    """Perplexity of a checkpoint on windows of a text, and its divergence from an original.
+
+    The whole text is tokenised at once and cut into windows that do not overlap, from the start; in each, tokens
+    2 … L are predicted.
+
+    Args:
+        path: checkpoint directory, original or quantized by us.
+        data: text source, as for calibration; its evaluation split.
+        seqlen: tokens in a window, capped at the model's own limit.
+        max_windows: at most so many windows.
+        against: the original to compare with, token for token.
+        device: where to compute.
+        dtype: `auto`, `bf16`, `fp16` or `fp32`.
+        progress: is told what happens.
+
+    Raises:
+        AlphaQuantError: what is wrong with the checkpoint or the text.
+    """
+    source, spec = _open(path)
+    seqlen = min(seqlen, spec.max_positions)
+    if seqlen < 2:
+        raise CalibrationError(f"a window of {seqlen} tokens predicts nothing", remedy="give --seqlen 2 or more")
+    tokenizer = None if is_tokenised(data) else load_tokenizer(path)
+    batch = evaluation_windows(
+        data, tokenizer, seqlen=seqlen, max_windows=max_windows, vocab_size=spec.vocab_size
+    )
+    models = [(source, spec)]
+    if against is not None:
+        original = _open(against)
+        if original[1].vocab_size != spec.vocab_size:
+            raise ConfigError(
+                f"the vocabularies differ: {spec.vocab_size} and {original[1].vocab_size} tokens",
+                where=f"{path}, {against}",
+                remedy="give as --against the model that was quantized",
+            )
+        models.append(original)
+    streams = [_final(*model, batch.ids, torch.device(device), dtype, progress) for model in models]
+    scores = WindowScores()
+    size = max(1, _HEAD_TOKENS // seqlen)
+    for start in range(0, len(batch.ids), size):
+        cut = slice(start, start + size)
+        logits = [F.linear(x[cut], head) for x, head in streams]
+        score_windows(logits[0], batch.ids[cut], logits[1] if against is not None else None, scores)
+    return scores.quality(seqlen - 1)
+
+
+def _open(path: Path) -> tuple[TensorSource, ModelSpec]:
+    checkpoint = Checkpoint.open(path)
+    spec = detect(checkpoint.config, str(path / "config.json"))
+    source = open_source(checkpoint)
+    check_tensors(source, spec)
+    return source, spec
+
+
+@torch.no_grad()
+def _final(
+    source: TensorSource, spec: ModelSpec, ids_NL: Tensor, device: torch.device, dtype: str, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """What the head reads `[N, L, D]`, and the head `[V, D]`."""
+    work_dtype = compute_dtype(dtype, spec, device)
+    outer: LayerWeights = read_outer(source, spec, work_dtype, device)
+    x_NLD = embed(ids_NL, outer["model.embed_tokens.weight"])
+    for layer in range(spec.num_layers):
+        progress("evaluate", layer, spec.num_layers, ids_NL.numel())
+        weights = read_layer(source, spec, layer, work_dtype, device)
+        attend(x_NLD, weights, spec, layer)
+        feed(x_NLD, weights, spec, layer)
+    for cut in chunks(*x_NLD.shape[:2]):
+        x_NLD[cut] = head_input(x_NLD[cut], outer, spec)
+    return x_NLD, head_weight(outer)

@@ -1,0 +1,112 @@
+"""What a run writes down: a record for every quantized module, and the routing of every layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from alphaquant.plan import ModuleKind
+
+__all__ = ["KindSummary", "LayerRecord", "ModuleRecord", "RoutingRecord", "summarize"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRecord:
+    """How one module was quantized.
+
+    Attributes:
+        name: checkpoint name.
+        kind: its part in the model.
+        scheme: number format and groups, such as `int4 g64`.
+        bits_per_weight: stored bits a weight, scales and zero points counted.
+        num_weights: rows times columns.
+        loss: `tr(E H Eᵀ)` under the damped mean Hessian; the squared error without calibration.
+        relative_loss: the loss over that of leaving the weights out, `tr(W H Wᵀ)`.
+        tokens: rows that its inputs' Hessian saw; 0 without calibration.
+        effective_samples: `(Σc)² / Σc²` of their weights.
+        damping: relative damping used; 0 where rounded to nearest.
+        method: `gptq` or `rtn`.
+        event: why the method or the damping differs from what was asked for; None where it does not.
+    """
+
+    name: str
+    kind: str
+    scheme: str
+    bits_per_weight: float
+    num_weights: int
+    loss: float
+    relative_loss: float
+    tokens: int
+    effective_samples: float
+    damping: float
+    method: str
+    event: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingRecord:
+    """What a layer's router did on the calibration tokens: for each expert its rows and the sum of its scores."""
+
+    tokens: list[int]
+    score_mass: list[float]
+    effective_samples: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """Everything that a run notes of one layer; `layer` is None for embedding and head."""
+
+    layer: int | None
+    modules: list[ModuleRecord] = field(default_factory=list)
+    routing: RoutingRecord | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> LayerRecord:
+        """The inverse of `to_dict`."""
+        routing = data["routing"]
+        modules = [ModuleRecord(**m) for m in data["modules"]]
+        return cls(data["layer"], modules, None if routing is None else RoutingRecord(**routing))
+
+
+@dataclass(frozen=True, slots=True)
+class KindSummary:
+    """All modules of one kind and scheme."""
+
+    kind: str
+    scheme: str
+    modules: int
+    weights: int
+    bits_per_weight: float
+    relative_loss: float
+    fallbacks: int
+
+
+def summarize(records: Sequence[LayerRecord], order: Sequence[ModuleKind]) -> list[KindSummary]:
+    """One row for each kind and scheme; losses are means over modules, bits are weighted by size."""
+    groups: dict[tuple[str, str], list[ModuleRecord]] = {}
+    for record in records:
+        for module in record.modules:
+            groups.setdefault((module.kind, module.scheme), []).append(module)
+    position = {kind.value: index for index, kind in enumerate(order)}
+    rows = []
+    for (kind, scheme), modules in sorted(groups.items(), key=lambda item: (position[item[0][0]], item[0][1])):
+        weights = sum(m.num_weights for m in modules)
+        rows.append(
+            KindSummary(
+                kind=kind,
+                scheme=scheme,
+                modules=len(modules),
+                weights=weights,
+                bits_per_weight=sum(m.bits_per_weight * m.num_weights for m in modules) / weights,
+                relative_loss=sum(m.relative_loss for m in modules) / len(modules),
+                fallbacks=sum(m.event is not None for m in modules),
+            )
+        )
+    return rows

@@ -1,0 +1,121 @@
+"""The output directory: written beside its final name, and moved there only when it is complete.
+
+So a directory of the final name is always whole, and a run that fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alphaquant.checkpoint import ShardInfo, write_bytes, write_index, write_json, write_shard
+from alphaquant.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+__all__ = ["FOLDER", "RunDir", "check_output"]
+
+FOLDER = "alphaquant"
+_SIDE_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def check_output(path: Path, source: Path, *, overwrite: bool) -> None:
+    """Refuse an output path that cannot or should not be written, before any work is done.
+
+    Raises:
+        OutputError: it holds something else, is the source itself, or cannot be written.
+    """
+    target = path.resolve()
+    if target == source.resolve() or target in source.resolve().parents:
+        raise OutputError(f"{path} is (or holds) the model itself", remedy="choose another -o")
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise OutputError(f"{path} already exists and is not empty", remedy="choose another -o, or pass --overwrite")
+    parent = next(p for p in (target.parent, *target.parent.parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written: no permission in {parent}", remedy="choose another -o")
+
+
+class RunDir:
+    """A checkpoint directory in the making: shards are added one by one, then it is finished."""
+
+    def __init__(self, path: Path, num_shards: int) -> None:
+        self.path = path
+        self._num_shards = num_shards
+        self._weight_map: dict[str, str] = {}
+        self.shards: list[ShardInfo] = []
+
+    @classmethod
+    @contextmanager
+    def create(cls, path: Path, num_shards: int) -> Iterator[RunDir]:
+        """A run directory that becomes `path` when the block ends well, and vanishes when it does not.
+
+        Raises:
+            OutputError: the directory cannot be made or moved.
+        """
+        target = path.resolve()
+        staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            (staging / FOLDER).mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{path} cannot be made: {error.strerror}", remedy="choose another -o") from error
+        try:
+            yield cls(staging, num_shards)
+            _replace(staging, target)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+    def add_shard(self, tensors: Mapping[str, Tensor]) -> ShardInfo:
+        """Write the next shard."""
+        name = f"model-{len(self.shards) + 1:05d}-of-{self._num_shards:05d}.safetensors"
+        shard = write_shard(self.path / name, tensors, {"format": "pt"})
+        self.shards.append(shard)
+        self._weight_map.update(dict.fromkeys(shard.tensor_names, name))
+        return shard
+
+    def write_note(self, name: str, content: Any) -> None:
+        """Write a JSON file of ours, in the folder `alphaquant`."""
+        target = self.path / FOLDER / name
+        target.parent.mkdir(exist_ok=True)
+        write_json(target, content)
+
+    def finish(self, config: Mapping[str, Any], source: Path) -> None:
+        """Write index and config.json, and take along tokenizer and generation settings of the source."""
+        total = sum(shard.num_bytes for shard in self.shards)
+        write_index(self.path / "model.safetensors.index.json", self._weight_map, total)
+        for name in _SIDE_FILES:
+            if (source / name).is_file():
+                write_bytes(self.path / name, (source / name).read_bytes())
+        write_json(self.path / "config.json", dict(config), allow_nan=True)
+
+
+def _replace(staging: Path, target: Path) -> None:
+    """Move the finished directory to its name; what was there before goes only after that worked."""
+    try:
+        if not target.exists():
+            staging.rename(target)
+            return
+        old = target.with_name(f".{target.name}.old-{os.getpid()}")
+        target.rename(old)
+        staging.rename(target)
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    except OSError as error:
+        raise OutputError(f"the result cannot be moved to {target}: {error.strerror}") from error

@@ -1,0 +1,97 @@
+"""The streaming loop: all sequences go through one half-layer, then through the next.
+
+Shapes: N sequences, L positions, D hidden. The residual stream `x_NLD` stays in memory; weights come and go by layer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from alphaquant.errors import NumericsError
+from alphaquant.models import attention_half, mlp_half, rope_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from alphaquant.models import LayerWeights, ModelSpec, Tap
+
+__all__ = ["Clock", "Progress", "attend", "chunks", "embed", "feed", "silent"]
+
+# Tokens that go through a layer together. Sums over tokens are made chunk by chunk, so it is part of the result.
+CHUNK_TOKENS = 8192
+
+
+class Progress(Protocol):
+    """Told what the loop does: the phase, which of how many layers, and how many tokens a phase works through."""
+
+    def __call__(self, phase: str, layer: int, num_layers: int, tokens: int = 0) -> None:
+        """Called when a phase of a layer begins."""
+
+
+def silent(phase: str, layer: int, num_layers: int, tokens: int = 0) -> None:
+    """Report nothing."""
+
+
+class Clock:
+    """Seconds spent by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Count the time of a block to `phase`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - begin
+
+
+def chunks(num_sequences: int, length: int) -> list[slice]:
+    """Slices of sequences of about `CHUNK_TOKENS` tokens each; they depend on nothing but the two sizes."""
+    size = max(1, CHUNK_TOKENS // length)
+    return [slice(start, min(start + size, num_sequences)) for start in range(0, num_sequences, size)]
+
+
+def embed(ids_NL: Tensor, embedding_VD: Tensor) -> Tensor:
+    """The residual stream before the first layer."""
+    return F.embedding(ids_NL.to(embedding_VD.device), embedding_VD)
+
+
+def attend(x_NLD: Tensor, weights: LayerWeights, spec: ModelSpec, layer: int, tap: Tap | None = None) -> None:
+    """Attention half of a layer on the whole stream, in place; with a `tap` the stream is only shown."""
+    rope = rope_for(spec, x_NLD.shape[1], x_NLD.device)
+    _each_chunk(
+        x_NLD, lambda x: attention_half(x, weights, spec, layer, rope, tap=tap), f"layer {layer}, attention", tap
+    )
+
+
+def feed(x_NLD: Tensor, weights: LayerWeights, spec: ModelSpec, layer: int, tap: Tap | None = None) -> None:
+    """Feed-forward half of a layer on the whole stream, in place; with a `tap` the stream is only shown."""
+    _each_chunk(x_NLD, lambda x: mlp_half(x, weights, spec, layer, tap=tap), f"layer {layer}, feed-forward", tap)
+
+
+@torch.no_grad()
+def _each_chunk(x_NLD: Tensor, half: Callable[[Tensor], Tensor], where: str, tap: Tap | None) -> None:
+    for cut in chunks(*x_NLD.shape[:2]):
+        out = half(x_NLD[cut])
+        if tap is not None:
+            continue
+        if not math.isfinite(out.sum(dtype=torch.float32)) and not bool(torch.isfinite(out).all()):
+            bad = (~torch.isfinite(out)).flatten(1).any(1).nonzero()[0].item()
+            raise NumericsError(
+                f"activations become NaN or infinite in sample {cut.start + bad}",
+                where=where,
+                remedy="run with --dtype fp32, or look at the weights of this layer",
+            )
+        x_NLD[cut] = out
