@@ -1,0 +1,8 @@
+"""AlphaQuant: mixed-precision GPTQ for Mixture-of-Experts (and dense) language models."""
+
+from importlib.metadata import version
+
+from alphaquant.errors import AlphaQuantError
+
+__version__ = version("alphaquant-moe")
+__all__ = ["AlphaQuantError", "__version__"]

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from alphaquant.formats import FORMATS, ElementKind, Format, ScaleKind, Scheme
-from alphaquant.solver import Scales
+
+if TYPE_CHECKING:
+    from alphaquant.solver import Scales
 
 _EXPONENT_AND_MANTISSA = {
     "fp4": (2, 1, 6.0),

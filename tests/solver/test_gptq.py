@@ -19,6 +19,7 @@ from alphaquant.solver import (
     search_scales,
     solve,
 )
+
 from . import oracle
 
 EXPERTS, ROWS, COLUMNS = 2, 24, 128
@@ -238,7 +239,9 @@ def test_a_singular_hessian_is_damped_more_and_the_retries_are_counted() -> None
     solution = solve(w, factor, scheme, scales)
     used = damp(h, factor.damping_E)
     assert (solution.loss_EO < round_to_nearest(w, scheme, scales, used).loss_EO).all()
-    torch.testing.assert_close(solution.loss_EO, hessian_loss(w - dequantize(solution.quantized), used), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        solution.loss_EO, hessian_loss(w - dequantize(solution.quantized), used), rtol=1e-3, atol=0
+    )
 
 
 def test_damping_is_raised_tenfold_from_where_it_was() -> None:

@@ -96,6 +96,14 @@ class Checkpoint:
         """
         return self._slot(name).info
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it.
+
+        Raises:
+            CheckpointError: the checkpoint holds no such tensor.
+        """
+        return self._slot(name).info.shape
+
     def read(self, name: str) -> Tensor:
         """Read one tensor, in its stored dtype, to the CPU.
 

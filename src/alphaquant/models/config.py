@@ -72,6 +72,12 @@ class ConfigReader:
         """A positive number, or None where the key is absent or null."""
         return self.number(key) if self.has(key) else None
 
+    def nullable_size(self, key: str, *, absent: int) -> int | None:
+        """A positive integer; None where the key is null, `absent` where it is not there."""
+        if key not in self._config:
+            return absent
+        return self.size(key) if self.has(key) else None
+
     def dtype(self) -> torch.dtype:
         """The dtype that the checkpoint declares; float32 where it says nothing."""
         key = "dtype" if self.has("dtype") else "torch_dtype"

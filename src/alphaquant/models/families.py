@@ -65,7 +65,7 @@ def _llama(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
 
 def _mistral(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
     cfg.choice("hidden_act", ("silu",))
-    window = cfg.size("sliding_window") if cfg.has("sliding_window") else None
+    window = cfg.nullable_size("sliding_window", absent=4096)  # as transformers reads it
     layer = LayerSpec(_attention(cfg, sliding_window=window), MLPSpec(cfg.size("intermediate_size")))
     return (layer,) * cfg.size("num_hidden_layers")
 
@@ -106,9 +106,9 @@ def detect(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
         vocab_size=cfg.size("vocab_size"),
         hidden_size=cfg.size("hidden_size"),
         layers=layers,
-        rms_norm_eps=cfg.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=cfg.number("rms_norm_eps"),
         rope=cfg.rope(),
-        max_positions=cfg.size("max_position_embeddings", 2048),
+        max_positions=cfg.size("max_position_embeddings"),
         tie_embeddings=cfg.flag("tie_word_embeddings", default=False),
         dtype=cfg.dtype(),
         renames=family.renames,

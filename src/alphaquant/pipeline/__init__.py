@@ -1,1 +1,30 @@
 """Runs: the streaming loop, quantizing, evaluating, exporting, and what they leave on disk."""
+
+from alphaquant.pipeline.convert import export_checkpoint, save_single_file
+from alphaquant.pipeline.evaluate import evaluate_checkpoint, load
+from alphaquant.pipeline.records import KindSummary, LayerRecord, ModuleRecord, RoutingRecord
+from alphaquant.pipeline.run import Calibration, Prepared, QuantizeResult, prepare, quantize_checkpoint
+from alphaquant.pipeline.rundir import FOLDER, check_output
+from alphaquant.pipeline.size import KindSize, plan_sizes
+from alphaquant.pipeline.stream import Progress
+
+__all__ = [
+    "FOLDER",
+    "Calibration",
+    "KindSize",
+    "KindSummary",
+    "LayerRecord",
+    "ModuleRecord",
+    "Prepared",
+    "Progress",
+    "QuantizeResult",
+    "RoutingRecord",
+    "check_output",
+    "evaluate_checkpoint",
+    "export_checkpoint",
+    "load",
+    "plan_sizes",
+    "prepare",
+    "quantize_checkpoint",
+    "save_single_file",
+]

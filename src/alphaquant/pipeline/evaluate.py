@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.calibration import evaluation_windows, is_tokenised, load_tokenizer
-from alphaquant.checkpoint import Checkpoint
 from alphaquant.errors import CalibrationError, ConfigError
 from alphaquant.evaluation import Quality, WindowScores, score_windows
 from alphaquant.layouts import open_source
@@ -88,9 +87,7 @@ def evaluate_checkpoint(
     if seqlen < 2:
         raise CalibrationError(f"a window of {seqlen} tokens predicts nothing", remedy="give --seqlen 2 or more")
     tokenizer = None if is_tokenised(data) else load_tokenizer(path)
-    batch = evaluation_windows(
-        data, tokenizer, seqlen=seqlen, max_windows=max_windows, vocab_size=spec.vocab_size
-    )
+    batch = evaluation_windows(data, tokenizer, seqlen=seqlen, max_windows=max_windows, vocab_size=spec.vocab_size)
     models = [(source, spec)]
     if against is not None:
         original = _open(against)
@@ -112,9 +109,8 @@ def evaluate_checkpoint(
 
 
 def _open(path: Path) -> tuple[TensorSource, ModelSpec]:
-    checkpoint = Checkpoint.open(path)
-    spec = detect(checkpoint.config, str(path / "config.json"))
-    source = open_source(checkpoint)
+    source = open_source(path)
+    spec = detect(source.checkpoint.config, str(path / "config.json"))
     check_tensors(source, spec)
     return source, spec
 

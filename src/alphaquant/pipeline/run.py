@@ -16,25 +16,22 @@ import torch
 from alphaquant.calibration import TokenBatch, calibration_tokens, is_tokenised, load_tokenizer
 from alphaquant.checkpoint import Checkpoint
 from alphaquant.errors import AlphaQuantError, CheckpointError
-from alphaquant.layouts import choose_layout, module_table
 from alphaquant.models import check_tensors, detect, read_layer, read_outer
+from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
 from alphaquant.pipeline.layer import LayerQuantizer, QuantizedLayer
 from alphaquant.pipeline.records import KindSummary, LayerRecord, summarize
 from alphaquant.pipeline.rundir import RunDir, check_output
 from alphaquant.pipeline.stream import Clock, Progress, embed, silent
 from alphaquant.plan import ModuleKind
-from alphaquant.solver import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from torch import Tensor
-
     from alphaquant.formats import Scheme
-    from alphaquant.layouts import Layout
     from alphaquant.models import ModelSpec
     from alphaquant.plan import Plan, ResolvedPlan
+    from alphaquant.solver import Recipe
 
 __all__ = ["Calibration", "Prepared", "QuantizeResult", "compute_dtype", "prepare", "quantize_checkpoint"]
 
@@ -106,7 +103,7 @@ def quantize_checkpoint(
     *,
     recipe: Recipe,
     calibration: Calibration | None,
-    layout: Layout | None = None,
+    layout: str | None = None,
     device: torch.device | str = "cpu",
     dtype: str = "auto",
     overwrite: bool = False,
@@ -120,7 +117,7 @@ def quantize_checkpoint(
         out: directory to make; it appears only when it is complete.
         recipe: settings of the method.
         calibration: tokens to calibrate on; None rounds to nearest without any.
-        layout: how modules are stored; None picks the most widely served one that can express the plan.
+        layout: name of how modules are stored; None: the most widely served one that can express the plan.
         device: where to compute.
         dtype: `auto`, `bf16`, `fp16` or `fp32`.
         overwrite: replace `out` if it holds something.
@@ -133,9 +130,8 @@ def quantize_checkpoint(
     checkpoint, spec, schemes = prepared.checkpoint, prepared.spec, prepared.schemes
     device = torch.device(device)
     check_output(out, checkpoint.path, overwrite=overwrite)
-    modules = {m.name: m for m in spec.modules()}
-    shapes = {name: (m.out_features, m.in_features) for name, m in modules.items()}
-    layout = choose_layout(schemes, shapes) if layout is None else layout
+    shapes = {m.name: (m.out_features, m.in_features) for m in spec.modules()}
+    chosen = pick_layout(layout, spec, schemes, shapes)
     clock, begin = Clock(), time.perf_counter()
     tokens: TokenBatch | None = None
     if calibration is not None:
@@ -143,7 +139,13 @@ def quantize_checkpoint(
             tokens = _tokens(prepared, calibration)
     work_dtype = compute_dtype(dtype, spec, device)
     quantizer = LayerQuantizer(spec, schemes, recipe, clock, progress)
-    writer = _ShardWriter(checkpoint, layout, clock)
+    *layer_names, outer_names = shard_names(spec)
+
+    def write(run: RunDir, names: list[str], result: QuantizedLayer) -> None:
+        with clock("pack"):
+            tensors = shard_tensors(names, result.quantized, chosen, checkpoint.read)
+        with clock("write"):
+            run.add_shard(tensors)
 
     with RunDir.create(out, spec.num_layers + 1) as run:
         with clock("read"):
@@ -157,8 +159,7 @@ def quantize_checkpoint(
                 weights = read_layer(checkpoint, spec, layer, work_dtype, device)
             result = quantizer.layer(layer, weights, x_NLD)
             del weights
-            names = [n for p in spec.parameters(layer) for n in spec.tensor_names(layer, p)]
-            writer.write(run, names, result)
+            write(run, layer_names[layer], result)
             run.write_note(f"records/layer-{layer:05d}.json", result.record.to_dict())
             records.append(result.record)
         head = quantizer.head(outer, x_NLD)
@@ -166,19 +167,11 @@ def quantize_checkpoint(
             embedding.quantized | head.quantized,
             LayerRecord(None, embedding.record.modules + head.record.modules),
         )
-        writer.write(run, [f"{p.role}.{p.leaf}" for p in spec.outer_parameters()], ends)
+        write(run, outer_names, ends)
         run.write_note("records/outer.json", ends.record.to_dict())
         records.append(ends.record)
 
         audit = _audit(prepared, records)
-        table = module_table(schemes, shapes, layout)
-        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        quantization = layout.quantization_config(schemes)
-        if quantization is not None:
-            config["quantization_config"] = quantization
-            run.write_note("modules.json", table)
-        else:
-            config["dtype"] = str(spec.dtype).removeprefix("torch.")
         run.write_note("plan.json", json.loads(prepared.plan.to_json()))
         summary = summarize(records, list(ModuleKind))
         clock.seconds["total"] = time.perf_counter() - begin
@@ -194,7 +187,7 @@ def quantize_checkpoint(
                 "architecture": spec.architecture,
                 "digest": checkpoint.header_digest(),
             },
-            "layout": layout.name,
+            "layout": chosen.name,
             "recipe": _plain(asdict(recipe)),
             "calibration": None if calibration is None or tokens is None else _describe(calibration, tokens),
             "device": str(device),
@@ -202,38 +195,15 @@ def quantize_checkpoint(
             "sizes": _sizes(checkpoint, run, records),
             "summary": [asdict(row) for row in summary],
             "audit": audit,
-            "events": [
-                {"module": m.name, "event": m.event} for r in records for m in r.modules if m.event is not None
-            ],
+            "events": [{"module": m.name, "event": m.event} for r in records for m in r.modules if m.event is not None],
             "warnings": [*prepared.resolved.warnings, *(tokens.warnings if tokens is not None else ())],
             "notes": list(prepared.resolved.notes),
             "seconds": {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
             "peak_memory_bytes": peak_memory_bytes(),
         }
-        run.write_note("manifest.json", {"version": 1, "shards": [asdict(shard) for shard in run.shards]})
         run.write_note("report.json", report)
-        run.finish(config, checkpoint.path)
+        run.finish(checkpoint.config, checkpoint.path, spec, chosen, schemes)
     return QuantizeResult(summary, records, report)
-
-
-class _ShardWriter:
-    """Writes one layer's tensors: quantized modules in the layout, everything else as the checkpoint has it."""
-
-    def __init__(self, checkpoint: Checkpoint, layout: Layout, clock: Clock) -> None:
-        self._checkpoint = checkpoint
-        self._layout = layout
-        self._clock = clock
-
-    def write(self, run: RunDir, names: list[str], result: QuantizedLayer) -> None:
-        tensors: dict[str, Tensor] = {}
-        with self._clock("pack"):
-            for module, quantized in result.quantized.items():
-                tensors.update(self._layout.tensors(module, quantized))
-        with self._clock("write"):
-            for name in names:
-                if name.removesuffix(".weight") not in result.quantized:
-                    tensors[name] = self._checkpoint.read(name)
-            run.add_shard(tensors)
 
 
 def _tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:

@@ -8,16 +8,22 @@ from __future__ import annotations
 import os
 import shutil
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from alphaquant.checkpoint import ShardInfo, write_bytes, write_index, write_json, write_shard
 from alphaquant.errors import OutputError
+from alphaquant.layouts import module_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from torch import Tensor
+
+    from alphaquant.formats import Scheme
+    from alphaquant.layouts import Layout
+    from alphaquant.models import ModelSpec
 
 __all__ = ["FOLDER", "RunDir", "check_output"]
 
@@ -97,14 +103,34 @@ class RunDir:
         target.parent.mkdir(exist_ok=True)
         write_json(target, content)
 
-    def finish(self, config: Mapping[str, Any], source: Path) -> None:
-        """Write index and config.json, and take along tokenizer and generation settings of the source."""
+    def finish(
+        self,
+        config: Mapping[str, Any],
+        source: Path,
+        spec: ModelSpec,
+        layout: Layout,
+        schemes: Mapping[str, Scheme | None],
+    ) -> None:
+        """Write what tells readers of the shards: index, manifest, module table and config.json.
+
+        Tokenizer and generation settings of `source` are taken along.
+        """
+        modules = {module.name: module for module in spec.modules()}
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+        quantization = layout.quantization_config(schemes, {name: m.kind for name, m in modules.items()})
+        if quantization is None:
+            config |= {"dtype": str(spec.dtype).removeprefix("torch.")}
+        else:
+            config |= {"quantization_config": quantization}
+            shapes = {name: (m.out_features, m.in_features) for name, m in modules.items()}
+            self.write_note("modules.json", module_table(schemes, shapes, layout.name))
+        self.write_note("manifest.json", {"version": 1, "shards": [asdict(shard) for shard in self.shards]})
         total = sum(shard.num_bytes for shard in self.shards)
         write_index(self.path / "model.safetensors.index.json", self._weight_map, total)
         for name in _SIDE_FILES:
             if (source / name).is_file():
                 write_bytes(self.path / name, (source / name).read_bytes())
-        write_json(self.path / "config.json", dict(config), allow_nan=True)
+        write_json(self.path / "config.json", config, allow_nan=True)
 
 
 def _replace(staging: Path, target: Path) -> None:

@@ -1,0 +1,31 @@
+"""How quantized modules are named and stored, both ways: compressed-tensors, humming and dense."""
+
+from __future__ import annotations
+
+from alphaquant.layouts.base import LAYOUTS, Layout, choose_layout
+from alphaquant.layouts.compressed_tensors import CompressedTensorsLayout
+from alphaquant.layouts.dense import DenseLayout
+from alphaquant.layouts.humming import HummingLayout
+from alphaquant.layouts.reader import (
+    MODULES_FILE,
+    PlainCheckpoint,
+    QuantizedCheckpoint,
+    StoredModule,
+    module_table,
+    open_source,
+)
+
+__all__ = [
+    "LAYOUTS",
+    "MODULES_FILE",
+    "CompressedTensorsLayout",
+    "DenseLayout",
+    "HummingLayout",
+    "Layout",
+    "PlainCheckpoint",
+    "QuantizedCheckpoint",
+    "StoredModule",
+    "choose_layout",
+    "module_table",
+    "open_source",
+]

@@ -1,0 +1,77 @@
+"""The dense layout: the de-quantized weight under its own name, for any engine; the codes are not kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from alphaquant.errors import CheckpointError
+from alphaquant.formats import dequantize
+from alphaquant.layouts.stored import finished, group_misfit, require
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor
+
+    from alphaquant.formats import QuantizedTensor, Scheme
+    from alphaquant.plan import ModuleKind
+
+__all__ = ["DenseLayout"]
+
+
+class DenseLayout:
+    """``<module>.weight`` in the model's dtype.
+
+    Args:
+        dtype: the type of the written weights.
+    """
+
+    name = "dense"
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.dtype = dtype
+
+    def unsupported(self, scheme: Scheme, shape: tuple[int, int]) -> str | None:
+        """Why the scheme does not fit the weight, or None."""
+        return group_misfit(scheme, shape)
+
+    def tensor_names(self, module: str, scheme: Scheme) -> tuple[str, ...]:  # noqa: ARG002  (the same for all)
+        """The weight alone."""
+        return (f"{module}.weight",)
+
+    def tensors(self, module: str, q: QuantizedTensor) -> dict[str, Tensor]:
+        """The de-quantized weight [O, I].
+
+        Raises:
+            PlanError: the scheme does not fit the weight.
+        """
+        require(self.unsupported(q.scheme, (q.codes.shape[-2], q.codes.shape[-1])), module, self.name)
+        return finished({"weight": dequantize(q, self.dtype)}, module)
+
+    def read(
+        self,
+        module: str,
+        read: Callable[[str], Tensor],  # noqa: ARG002
+        scheme: Scheme,  # noqa: ARG002
+        shape: tuple[int, int],  # noqa: ARG002
+    ) -> QuantizedTensor:
+        """Not possible.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(
+            "a dense checkpoint keeps no codes",
+            where=module,
+            remedy="convert from the quantized checkpoint that it was made of",
+        )
+
+    def quantization_config(
+        self,
+        schemes: Mapping[str, Scheme | None],  # noqa: ARG002
+        kinds: Mapping[str, ModuleKind] | None = None,  # noqa: ARG002
+    ) -> None:
+        """None: to an engine the model is not quantized."""
+        return

@@ -1,0 +1,137 @@
+"""From one layout to another, shard by shard, losslessly from codes; and into a single file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alphaquant.checkpoint import Checkpoint
+from alphaquant.errors import OutputError
+from alphaquant.layouts import LAYOUTS, MODULES_FILE, DenseLayout, QuantizedCheckpoint, choose_layout
+from alphaquant.models import detect
+from alphaquant.pipeline.rundir import FOLDER, RunDir, check_output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from alphaquant.formats import QuantizedTensor, Scheme
+    from alphaquant.layouts import Layout
+    from alphaquant.models import ModelSpec
+
+__all__ = ["export_checkpoint", "pick_layout", "save_single_file", "shard_names", "shard_tensors"]
+
+
+def pick_layout(
+    name: str | None, spec: ModelSpec, schemes: Mapping[str, Scheme | None], shapes: Mapping[str, tuple[int, int]]
+) -> Layout:
+    """The layout of that name, checked against the plan; the most widely served one for None.
+
+    Raises:
+        PlanError: the layout cannot hold a scheme of the plan.
+    """
+    if name is None:
+        return choose_layout(schemes, shapes)
+    layout = DenseLayout(spec.dtype) if name == DenseLayout.name else LAYOUTS[name]
+    for module, scheme in schemes.items():
+        reason = None if scheme is None else layout.unsupported(scheme, shapes[module])
+        if reason is not None:
+            raise OutputError(
+                f"the layout {name} cannot hold {scheme}: {reason}",
+                where=module,
+                remedy="choose another --format, or leave it to --format auto",
+            )
+    return layout
+
+
+def shard_names(spec: ModelSpec) -> list[list[str]]:
+    """Logical tensor names of each shard: one a layer, then embedding, final norm and head."""
+    layers = [
+        [name for parameter in spec.parameters(layer) for name in spec.tensor_names(layer, parameter)]
+        for layer in range(spec.num_layers)
+    ]
+    return [*layers, [f"{p.role}.{p.leaf}" for p in spec.outer_parameters()]]
+
+
+def shard_tensors(
+    names: list[str], quantized: Mapping[str, QuantizedTensor], layout: Layout, read: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """What a shard stores for logical tensors: quantized modules in the layout, all others as they are read."""
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in quantized:
+            tensors.update(layout.tensors(module, quantized[module]))
+        else:
+            tensors[name] = read(name)
+    return tensors
+
+
+def export_checkpoint(source: Path, out: Path, layout_name: str | None, *, overwrite: bool = False) -> int:
+    """Write a quantized directory in another layout; returns the bytes of its shards.
+
+    Args:
+        source: directory that a run made, in a layout that keeps codes.
+        out: directory to make; it appears only when it is complete.
+        layout_name: a name of `LAYOUTS`; None for the most widely served one.
+        overwrite: replace `out` if it holds something.
+
+    Raises:
+        CheckpointError: the source keeps no codes.
+        OutputError: the layout cannot hold a scheme, or `out` cannot be written.
+    """
+    quantized = QuantizedCheckpoint.open(source)
+    checkpoint = quantized.checkpoint
+    spec = detect(checkpoint.config, str(source / "config.json"))
+    schemes = {module.name: None for module in spec.modules()} | {
+        name: module.scheme for name, module in quantized.modules.items()
+    }
+    shapes = {name: module.shape for name, module in quantized.modules.items()}
+    layout = pick_layout(layout_name, spec, schemes, shapes)
+    check_output(out, source, overwrite=overwrite)
+    with RunDir.create(out, spec.num_layers + 1) as run:
+        for names in shard_names(spec):
+            modules = [name.removesuffix(".weight") for name in names]
+            codes = {m: quantized.read_quantized(m) for m in modules if m in quantized.modules}
+            run.add_shard(shard_tensors(names, codes, layout, checkpoint.read))
+        for note in sorted((source / FOLDER).rglob("*.json")):
+            name = note.relative_to(source / FOLDER).as_posix()
+            if name not in ("manifest.json", "modules.json"):
+                run.write_note(name, json.loads(note.read_text(encoding="utf-8")))
+        run.finish(checkpoint.config, source, spec, layout, schemes)
+    return sum(shard.num_bytes for shard in run.shards)
+
+
+def save_single_file(source: Path, path: Path, *, remove_source: bool = False) -> None:
+    """Write one `.pt` file with the tensors of a quantized directory and what says how to read them.
+
+    `torch.load(path, weights_only=True)` gives `{"version", "config", "modules", "tensors"}`: config.json, the table
+    of `alphaquant/modules.json` (None in the dense layout) and the stored tensors by name.
+
+    Raises:
+        CheckpointError: the source is not a checkpoint.
+        OutputError: the file cannot be written.
+    """
+    checkpoint = Checkpoint.open(source)
+    table = source / MODULES_FILE
+    content: dict[str, Any] = {
+        "version": 1,
+        "config": checkpoint.config,
+        "modules": json.loads(table.read_text(encoding="utf-8")) if table.is_file() else None,
+        "tensors": {name: checkpoint.read(name) for name in checkpoint.names()},
+    }
+    part = path.with_name(f".{path.name}.part")
+    try:
+        torch.save(content, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error}", remedy="choose another file") from error
+    finally:
+        if remove_source:
+            shutil.rmtree(source, ignore_errors=True)

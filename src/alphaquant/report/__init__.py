@@ -1,0 +1,5 @@
+"""Run records to something one would rather look at: HTML and markdown. Reads files only, needs no model."""
+
+from alphaquant.report.render import write_report
+
+__all__ = ["write_report"]

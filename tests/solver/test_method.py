@@ -1,0 +1,278 @@
+"""The whole method on a stack: parts change nothing, thin evidence falls back, records say what happened."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from alphaquant.formats import FORMATS, Scheme, dequantize, matrix_scale
+from alphaquant.solver import (
+    Effort,
+    Method,
+    Outcome,
+    Recipe,
+    absmax_scales,
+    damp,
+    factorize,
+    hessian_loss,
+    method,
+    quantize_stack,
+    refine,
+    round_to_nearest,
+    search_scales,
+    solve,
+)
+
+from . import oracle
+
+EXPERTS, ROWS, COLUMNS = 5, 12, 64
+ENOUGH = 400.0
+each_scheme = pytest.mark.parametrize("scheme", oracle.default_schemes(), ids=oracle.scheme_id)
+some_schemes = pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(FORMATS["int3"], 32),
+        Scheme(FORMATS["int4"], -1, symmetric=False),
+        Scheme(FORMATS["mxfp4"], 32),
+        Scheme(FORMATS["nvfp4"], 16),
+    ],
+    ids=oracle.scheme_id,
+)
+each_effort = pytest.mark.parametrize("effort", Effort)
+
+
+def stack(experts: int = EXPERTS, rows: int = ROWS, columns: int = COLUMNS) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, mean Hessians, effective sample sizes."""
+    return (
+        oracle.weights(experts, rows, columns),
+        oracle.hessians(experts, columns),
+        torch.full((experts,), ENOUGH, dtype=torch.float64),
+    )
+
+
+def starved() -> tuple[Tensor, Tensor, Tensor]:
+    """Experts that saw 0 tokens, 1, a few (less than a quarter of the inputs), just enough, plenty."""
+    w, h, effective = stack()
+    generator = torch.Generator().manual_seed(3)
+    for expert, tokens in enumerate((0, 1, 15, 16)):
+        x = torch.randn(max(tokens, 1), COLUMNS, generator=generator)
+        h[expert] = x.T @ x / max(tokens, 1) if tokens else 0
+        effective[expert] = tokens
+    return w, h, effective
+
+
+def tensors_of(outcome: Outcome) -> dict[str, Tensor]:
+    names = ("loss_EO", "energy_EO", "damping_E", "retries_E", "fallback_E")
+    found = {name: getattr(outcome, name) for name in names}
+    found |= {name: getattr(outcome.quantized, name) for name in ("codes", "scale", "zero", "global_scale")}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def assert_same(a: Outcome, b: Outcome) -> None:
+    """Equal codes, scales and records; losses may differ in their last bits where sums run in another order."""
+    left, right = tensors_of(a), tensors_of(b)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        if name in ("loss_EO", "energy_EO"):
+            torch.testing.assert_close(tensor, right[name], rtol=1e-4, atol=0)
+        else:
+            assert tensor.equal(right[name]), name
+
+
+@each_effort
+@some_schemes
+def test_parts_of_experts_and_rows_change_nothing(
+    scheme: Scheme, effort: Effort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, h, effective = starved()
+    w[:, 3] *= 7  # the rows of a matrix share one NVFP4 scale: it must come from all of them
+    recipe = Recipe(effort=effort)
+    whole = quantize_stack(w, h, effective, scheme, recipe)
+    for workspace in (5 * COLUMNS, 2 * COLUMNS * COLUMNS):
+        monkeypatch.setattr(method, "_WORKSPACE_WEIGHTS", workspace)
+        assert_same(quantize_stack(w, h, effective, scheme, recipe), whole)
+    rounded = quantize_stack(w, None, None, scheme, recipe)
+    monkeypatch.undo()
+    assert_same(quantize_stack(w, None, None, scheme, recipe), rounded)
+
+
+@some_schemes
+def test_experts_do_not_know_each_other(scheme: Scheme) -> None:
+    w, h, effective = starved()
+    whole = tensors_of(quantize_stack(w, h, effective, scheme, Recipe()))
+    for expert in range(EXPERTS):
+        one = slice(expert, expert + 1)
+        alone = quantize_stack(w[one], h[one], effective[one], scheme, Recipe())
+        for name, tensor in tensors_of(alone).items():
+            assert tensor.equal(whole[name][one]), (expert, name)
+
+
+@each_effort
+@each_scheme
+def test_starved_experts_are_rounded_and_recorded(scheme: Scheme, effort: Effort) -> None:
+    w, h, effective = starved()
+    recipe = Recipe(effort=effort, damping=0.02, damping_evidence=0.2)
+    outcome = quantize_stack(w, h, effective, scheme, recipe)
+    assert outcome.fallback_E.tolist() == [True, True, True, False, False]
+    assert outcome.damping_E[:3].tolist() == [0, 0, 0]
+    assert outcome.damping_E[3:].tolist() == pytest.approx([0.2 * COLUMNS / 16, 0.2 * COLUMNS / ENOUGH])
+    assert outcome.retries_E.tolist() == [0] * EXPERTS
+    for name, tensor in tensors_of(outcome).items():
+        assert tensor.isfinite().all(), name
+    for expert in range(3):
+        one = slice(expert, expert + 1)
+        trusted = damp(h[one], 0.2 * COLUMNS / effective[one].clamp_min(1).float())
+        importance = trusted.diagonal(dim1=1, dim2=2)
+        scales = absmax_scales(w[one], scheme)
+        if effort is not Effort.FAST:
+            scales = search_scales(w[one], scheme, importance)
+        plain = round_to_nearest(w[one], scheme, scales, trusted)
+        assert outcome.quantized.codes[one].equal(plain.quantized.codes)
+        assert outcome.quantized.scale[one].equal(plain.quantized.scale)
+        torch.testing.assert_close(outcome.loss_EO[one], plain.loss_EO)
+
+
+def test_the_line_of_the_fallback_is_the_recipes() -> None:
+    w, h, effective = starved()
+    scheme = Scheme(FORMATS["int4"], 32)
+    for share, expected in ((0.0, [0, 0, 0, 0, 0]), (0.01, [1, 0, 0, 0, 0]), (1.0, [1, 1, 1, 1, 0])):
+        outcome = quantize_stack(w, h, effective, scheme, Recipe(rtn_below=share))
+        assert outcome.fallback_E.tolist() == [bool(value) for value in expected]
+        assert (outcome.damping_E == 0).tolist() == [bool(value) for value in expected]
+
+
+@each_effort
+@each_scheme
+def test_well_fed_experts_go_through_the_steps_of_their_effort(scheme: Scheme, effort: Effort) -> None:
+    w, h, effective = stack(2)
+    outcome = quantize_stack(w, h, effective, scheme, Recipe(effort=effort))
+    damping = torch.full((2,), 0.1 * COLUMNS / ENOUGH)
+    damped = damp(h, damping)
+    scales = absmax_scales(w, scheme) if effort is Effort.FAST else search_scales(w, scheme)
+    expected = solve(w, factorize(h, damping), scheme, scales)
+    if effort is not Effort.FAST:
+        rounds, sweeps = (1, 1) if effort is Effort.DEFAULT else (3, 2)
+        expected = refine(w, damped, expected, rounds=rounds, sweeps=sweeps)
+    assert outcome.quantized.codes.equal(expected.quantized.codes)
+    assert outcome.quantized.scale.equal(expected.quantized.scale)
+    assert not outcome.fallback_E.any()
+    assert outcome.damping_E.tolist() == pytest.approx(damping.tolist())
+
+
+@each_scheme
+def test_loss_and_energy_are_those_of_the_damped_hessian(scheme: Scheme) -> None:
+    w, h, effective = stack()
+    h[1, :, 3] = h[1, 3, :] = 0
+    outcome = quantize_stack(w, h, effective, scheme, Recipe())
+    for expert in range(EXPERTS):
+        damped = oracle.damped(h[expert], float(outcome.damping_E[expert]))
+        error = w[expert].double() - dequantize(outcome.quantized)[expert].double()
+        loss, energy = oracle.loss(error, damped), oracle.loss(w[expert].double(), damped)
+        torch.testing.assert_close(outcome.loss_EO[expert].double(), loss, rtol=5e-4, atol=0)
+        torch.testing.assert_close(outcome.energy_EO[expert].double(), energy, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["int2", "int3", "int4", "mxfp4", "nvfp4", "fp4"])
+def test_more_effort_loses_less_and_all_beat_rounding(name: str) -> None:
+    fmt = FORMATS[name]
+    scheme = Scheme(fmt, fmt.native_group or 32)
+    w, h, effective = stack(4, 32)
+    losses = []
+    recipes = [Recipe(effort=effort) for effort in (Effort.BEST, Effort.DEFAULT, Effort.FAST)]
+    for recipe in [*recipes, Recipe(method=Method.RTN), Recipe(method=Method.RTN, effort=Effort.FAST)]:
+        outcome = quantize_stack(w, h, effective, scheme, recipe)
+        assert outcome.quantized.scheme == scheme
+        losses.append(float(outcome.loss_EO.sum()))
+    assert losses[:3] == sorted(losses[:3])
+    assert losses[2] < 0.8 * min(losses[3:])
+
+
+@each_scheme
+def test_plain_rounding_needs_no_calibration_and_is_no_fallback(scheme: Scheme) -> None:
+    w, h, effective = stack()
+    blind = quantize_stack(w, None, None, scheme, Recipe())
+    assert not blind.fallback_E.any()
+    scales = search_scales(w, scheme)
+    plain = round_to_nearest(w, scheme, scales)
+    assert blind.quantized.codes.equal(plain.quantized.codes)
+    torch.testing.assert_close(blind.loss_EO, (w - dequantize(plain.quantized)).square().sum(-1))
+    torch.testing.assert_close(blind.energy_EO, w.square().sum(-1))
+    chosen = quantize_stack(w, h, effective, scheme, Recipe(method=Method.RTN))
+    assert not chosen.fallback_E.any()
+    assert chosen.damping_E.tolist() == [0] * EXPERTS
+    damped = damp(h, torch.full((EXPERTS,), 0.1 * COLUMNS / ENOUGH))
+    scales = search_scales(w, scheme, damped.diagonal(dim1=1, dim2=2))
+    assert chosen.quantized.codes.equal(round_to_nearest(w, scheme, scales).quantized.codes)
+    torch.testing.assert_close(chosen.loss_EO, hessian_loss(w - dequantize(chosen.quantized), damped))
+
+
+@some_schemes
+def test_order_and_block_size_reach_the_walk(scheme: Scheme) -> None:
+    w, h, effective = stack()
+    recipe = Recipe(effort=Effort.FAST)
+    ordered = quantize_stack(w, h, effective, scheme, recipe)
+    natural = quantize_stack(w, h, effective, scheme, replace(recipe, act_order=False))
+    assert not natural.quantized.codes.equal(ordered.quantized.codes)
+    for act_order, expected in ((True, ordered), (False, natural)):
+        small = quantize_stack(w, h, effective, scheme, replace(recipe, act_order=act_order, block_size=16))
+        assert small.quantized.codes.equal(expected.quantized.codes)
+
+
+def test_damping_follows_the_evidence_but_never_below_its_floor() -> None:
+    w, h, effective = stack()
+    effective[:] = torch.tensor([32.0, 64.0, 640.0, 6400.0, 64000.0])
+    outcome = quantize_stack(w, h, effective, Scheme(FORMATS["int4"], 32), Recipe(damping=0.005))
+    assert outcome.damping_E.tolist() == pytest.approx([0.2, 0.1, 0.01, 0.005, 0.005])
+
+
+def test_retries_and_the_damping_that_was_used_are_recorded() -> None:
+    w, h, effective = stack(3)
+    x = torch.randn(8, COLUMNS, generator=torch.Generator().manual_seed(0))
+    h[1] = x.T @ x / 8
+    h[1].diagonal().mul_(1 - 1e-4)
+    recipe = Recipe(damping=0.0, damping_evidence=0.0)
+    outcome = quantize_stack(w, h, effective, Scheme(FORMATS["int4"], 32), recipe)
+    assert outcome.retries_E[1] > 0
+    assert outcome.retries_E[[0, 2]].tolist() == [0, 0]
+    assert outcome.damping_E[1] > 0
+    assert outcome.damping_E[[0, 2]].tolist() == [0, 0]
+    assert outcome.loss_EO.isfinite().all()
+    assert not outcome.fallback_E.any()
+
+
+@each_effort
+@some_schemes
+def test_nothing_given_is_changed_and_repeats_are_identical(scheme: Scheme, effort: Effort) -> None:
+    w, h, effective = starved()
+    given = [w, h, effective]
+    before = [tensor.clone() for tensor in given]
+    first = tensors_of(quantize_stack(w, h, effective, scheme, Recipe(effort=effort)))
+    assert all(a.equal(b) for a, b in zip(given, before, strict=True))
+    second = tensors_of(quantize_stack(w, h, effective, scheme, Recipe(effort=effort)))
+    assert all(tensor.equal(second[name]) for name, tensor in first.items())
+
+
+@some_schemes
+def test_weights_may_be_bf16(scheme: Scheme) -> None:
+    w, h, effective = stack()
+    w = w.bfloat16()
+    assert_same(
+        quantize_stack(w, h, effective, scheme, Recipe()), quantize_stack(w.float(), h, effective, scheme, Recipe())
+    )
+
+
+def test_nvfp4_has_one_scale_for_each_matrix() -> None:
+    w, h, effective = starved()
+    outcome = quantize_stack(w, h, effective, Scheme(FORMATS["nvfp4"], 16), Recipe())
+    assert outcome.quantized.global_scale is not None
+    assert outcome.quantized.global_scale.equal(matrix_scale(w))
+
+
+def test_one_plain_matrix_is_a_stack_of_one() -> None:
+    w, h, effective = stack(1)
+    outcome = quantize_stack(w, h, effective, Scheme(FORMATS["int4"], 32), Recipe())
+    assert outcome.quantized.codes.shape == (1, ROWS, COLUMNS)
+    assert outcome.loss_EO.shape == outcome.energy_EO.shape == (1, ROWS)
