@@ -15,6 +15,7 @@ import typer
 
 from alphaquant import __version__
 from alphaquant.checkpoint import resolve_model
+from alphaquant.demo import run_demo
 from alphaquant.errors import AlphaQuantError, ConfigError, OutputError, PlanError
 from alphaquant.models import MoESpec
 from alphaquant.pipeline import (
@@ -35,6 +36,7 @@ from alphaquant.terminal import (
     err,
     human_bytes,
     out,
+    print_comparison,
     print_error,
     print_notes,
     print_quality,
@@ -296,6 +298,22 @@ def report(
 ) -> None:
     """Write report.html and report.md of a quantized directory."""
     for path in write_report(directory, output, quality or []):
+        out.print(f"written to {path}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory to make.")] = Path("demo-output"),
+    overwrite: OverwriteOpt = False,
+    quiet: QuietOpt = False,
+) -> None:
+    """Quantize the small model that comes with alphaquant, compare it with the original, write the report."""
+    with progress_bar("demo", quiet=quiet) as progress:
+        result = run_demo(output, overwrite=overwrite, progress=progress)
+    print_result(result.report)
+    print_comparison(result.original, {"round to nearest": result.rounded, "GPTQ": result.quantized})
+    for path in (output, *result.files):
         out.print(f"written to {path}", soft_wrap=True)
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "err",
     "human_bytes",
     "out",
+    "print_comparison",
     "print_error",
     "print_notes",
     "print_quality",
@@ -134,6 +135,24 @@ def print_quality(name: str, quality: Quality) -> None:
             f"same top-1 for {100 * agreement.top1_agreement:.2f}%",
             soft_wrap=True,
         )
+
+
+def print_comparison(original: float, results: dict[str, Quality]) -> None:
+    """Perplexities side by side."""
+    rows = [("original", "", f"{original:.3f}", "", "", "")]
+    for name, quality in results.items():
+        agreement = quality.agreement
+        rows.append(
+            (
+                name,
+                "",
+                f"{quality.perplexity:.3f}",
+                f"{100 * (quality.perplexity / original - 1):+.2f}%",
+                "" if agreement is None else f"{agreement.kl:.4f}",
+                "" if agreement is None else f"{100 * agreement.top1_agreement:.1f}%",
+            )
+        )
+    out.print(table(("weights", "", "perplexity", "change", "KL", "same top-1"), rows))
 
 
 class _Remaining(ProgressColumn):

@@ -226,9 +226,10 @@ def test_a_singular_hessian_is_damped_more_and_the_retries_are_counted() -> None
     h = oracle.hessians(3, 64)
     h[1] = x.T @ x / 8
     h[1].diagonal().mul_(1 - 1e-4)  # below the border of the positive definite: no rounding error can save it
-    before = h.clone()
-    factor = factorize(h, damping(3, 0.0))
+    before, asked = h.clone(), damping(3, 0.0)
+    factor = factorize(h, asked)
     assert h.equal(before)
+    assert asked.equal(damping(3, 0.0))
     assert factor.retries_E[1] > 0
     assert factor.retries_E[[0, 2]].tolist() == [0, 0]
     assert factor.damping_E[1] > 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -200,6 +203,36 @@ def test_rows_that_cannot_gain_keep_their_codes_and_scales() -> None:
     for a, b in zip(tensors_of(found.quantized), tensors_of(start.quantized), strict=True):
         assert a[:, :2].equal(b[:, :2])
     assert (found.loss_EO[:, 2:] < start.loss_EO[:, 2:]).all()
+
+
+def test_rows_that_got_worse_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[refine.__module__]
+    descend, refit = module._descend, module._refit_scales
+    bad = [0, 3]
+
+    def spoil_codes(w: Tensor, h: Tensor, quantized: QuantizedTensor) -> QuantizedTensor:
+        found = descend(w, h, quantized)
+        codes = found.codes.clone()
+        codes[:, bad] = 0
+        return replace(found, codes=codes)
+
+    def spoil_scales(w: Tensor, h: Tensor, quantized: QuantizedTensor) -> QuantizedTensor:
+        found = refit(w, h, quantized)
+        scale = found.scale.clone()
+        scale[:, bad] *= 4
+        return replace(found, scale=scale)
+
+    monkeypatch.setattr(module, "_descend", spoil_codes)
+    monkeypatch.setattr(module, "_refit_scales", spoil_scales)
+    w, h = problem(2, 6, 64)
+    for symmetric in (True, False):
+        start = rounded(w, h, Scheme(FORMATS["int4"], 32, symmetric=symmetric))
+        found = refine(w, h, start, rounds=2, sweeps=1)
+        for a, b in zip(tensors_of(found.quantized), tensors_of(start.quantized), strict=True):
+            assert a[:, bad].equal(b[:, bad])
+        assert not found.quantized.codes.equal(start.quantized.codes)
+        assert (found.loss_EO <= start.loss_EO * (1 + 1e-5)).all()
+        torch.testing.assert_close(found.loss_EO.double(), true_loss(w, h, found.quantized), rtol=1e-4, atol=0)
 
 
 def test_no_rounds_state_the_loss_and_change_nothing() -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "feed_forward", "route"]
 
+_ROWS = 128
+
 
 class Choice(NamedTuple):
     """The router's choice: experts `topk_ids_TK` and the scores that weight their outputs (fp32)."""
@@ -85,28 +87,46 @@ def _mlp(
 
 def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap | None) -> Tensor:
     choice = route(x_TD, weights["mlp.gate.weight"], spec)
-    order_R = choice.topk_ids_TK.flatten().argsort(stable=True)
-    counts_E = choice.topk_ids_TK.flatten().bincount(minlength=spec.num_experts)
-    x_RD = x_TD[order_R // spec.top_k]
+    expert_R = choice.topk_ids_TK.flatten()
+    order_R = expert_R.argsort(stable=True)
+    counts_E = expert_R.bincount(minlength=spec.num_experts)
+    x_RD = x_TD.index_select(0, order_R // spec.top_k)
     if tap is not None:
-        routing = Routing(counts_E, choice.score_TK.flatten()[order_R])
+        routing = Routing(counts_E, choice.score_TK.flatten().index_select(0, order_R))
         tap(Source.MLP_IN, x_TD)
         tap(Source.EXPERT_IN, x_RD, routing)
-        tap(Source.EXPERT_HIDDEN, _expert_hidden(x_RD, counts_E, weights), routing)
+        tap(Source.EXPERT_HIDDEN, _expert_hidden(x_RD, counts_E.tolist(), weights), routing)
         return x_TD
-    hidden_RF = _expert_hidden(x_RD, counts_E, weights)
-    out_RD = _grouped_linear(hidden_RF, weights["mlp.experts.down_proj.weight"], counts_E)
-    # back to token order; a gather and a fixed-order sum are deterministic on every device, index_add is not
-    out_TKD = torch.empty_like(out_RD).index_copy(0, order_R, out_RD).unflatten(0, (-1, spec.top_k))
-    return torch.bmm(choice.score_TK.to(out_TKD.dtype)[:, None], out_TKD)[:, 0]
+    counts = counts_E.tolist()
+    hidden_RF = _expert_hidden(x_RD, counts, weights)
+    out_RD = _grouped_linear(hidden_RF, weights["mlp.experts.down_proj.weight"], counts)
+    # gathers and a sum in fixed order give the same result on every device; scattered adds would not
+    place_TK = order_R.argsort().view_as(choice.topk_ids_TK)
+    score_TK = choice.score_TK.to(x_TD.dtype)
+    total_TD = out_RD.index_select(0, place_TK[:, 0]) * score_TK[:, 0, None]
+    for k in range(1, spec.top_k):
+        total_TD = torch.addcmul(total_TD, out_RD.index_select(0, place_TK[:, k]), score_TK[:, k, None])
+    return total_TD
 
 
-def _expert_hidden(x_RD: Tensor, counts_E: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    gate_RF = _grouped_linear(x_RD, weights["mlp.experts.gate_proj.weight"], counts_E)
-    return F.silu(gate_RF) * _grouped_linear(x_RD, weights["mlp.experts.up_proj.weight"], counts_E)
+def _expert_hidden(x_RD: Tensor, counts: list[int], weights: Mapping[str, Tensor]) -> Tensor:
+    gate_RF = _grouped_linear(x_RD, weights["mlp.experts.gate_proj.weight"], counts)
+    return F.silu(gate_RF) * _grouped_linear(x_RD, weights["mlp.experts.up_proj.weight"], counts)
 
 
-def _grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """Rows sorted by expert times each expert's weight: `[R, I] x [E, O, I] -> [R, O]`."""
-    parts = x_RI.split(counts_E.tolist())
-    return torch.cat([F.linear(part, w_OI) for part, w_OI in zip(parts, w_EOI.unbind(), strict=True)])
+def _grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts: list[int]) -> Tensor:
+    """Rows sorted by expert times each expert's weight: `[R, I] x [E, O, I] -> [R, O]`.
+
+    A product takes a few rows of the next expert along, up to a multiple of `_ROWS`, and drops them again: CPU
+    libraries compile a kernel for each new number of rows, which costs more than the rows.
+    """
+    total, stop, parts = x_RI.shape[0], 0, []
+    for w_OI, count in zip(w_EOI.unbind(), counts, strict=True):
+        start, stop = stop, stop + count
+        rows = -(-count // _ROWS) * _ROWS
+        begin = total - rows if start + rows > total else start
+        if begin < 0:
+            begin, rows = start, count
+        y_RO = F.linear(x_RI[begin : begin + rows], w_OI)
+        parts.append(y_RO[start - begin : stop - begin])
+    return torch.cat(parts)

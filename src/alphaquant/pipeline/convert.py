@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alphaquant.checkpoint import Checkpoint
-from alphaquant.errors import OutputError
+from alphaquant.errors import CheckpointError, OutputError
 from alphaquant.layouts import LAYOUTS, MODULES_FILE, DenseLayout, QuantizedCheckpoint, choose_layout
 from alphaquant.models import detect
 from alphaquant.pipeline.rundir import FOLDER, RunDir, check_output
@@ -102,9 +102,27 @@ def export_checkpoint(source: Path, out: Path, layout_name: str | None, *, overw
         for note in sorted((source / FOLDER).rglob("*.json")):
             name = note.relative_to(source / FOLDER).as_posix()
             if name not in ("manifest.json", "modules.json"):
-                run.write_note(name, json.loads(note.read_text(encoding="utf-8")))
+                content = _read_note(note)
+                run.write_note(name, _restated(content, layout, run.num_bytes) if name == "report.json" else content)
         run.finish(checkpoint.config, source, spec, layout, schemes)
-    return sum(shard.num_bytes for shard in run.shards)
+    return run.num_bytes
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name} holds no JSON object", where=str(path), remedy="restore or remove it")
+    return content
+
+
+def _restated(report: dict[str, Any], layout: Layout, num_bytes: int) -> dict[str, Any]:
+    """The report of a run, with what an export changes of it."""
+    sizes = report.get("sizes")
+    changed = {"sizes": sizes | {"after_bytes": num_bytes}} if isinstance(sizes, dict) else {}
+    return report | {"layout": layout.name} | changed
 
 
 def save_single_file(source: Path, path: Path, *, remove_source: bool = False) -> None:

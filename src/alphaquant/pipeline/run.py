@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from alphaquant.formats import Scheme
+    from alphaquant.layouts import Layout
     from alphaquant.models import ModelSpec
     from alphaquant.plan import Plan, ResolvedPlan
     from alphaquant.solver import Recipe
@@ -171,7 +172,7 @@ def quantize_checkpoint(
         run.write_note("records/outer.json", ends.record.to_dict())
         records.append(ends.record)
 
-        audit = _audit(prepared, records)
+        audit = _audit(prepared, records, chosen, run.tensor_names)
         run.write_note("plan.json", json.loads(prepared.plan.to_json()))
         summary = summarize(records, list(ModuleKind))
         clock.seconds["total"] = time.perf_counter() - begin
@@ -219,15 +220,20 @@ def _tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:
     )
 
 
-def _audit(prepared: Prepared, records: list[LayerRecord]) -> dict[str, Any]:
-    """Every module that the plan targets was quantized, and nothing else.
+def _audit(prepared: Prepared, records: list[LayerRecord], layout: Layout, stored: set[str]) -> dict[str, Any]:
+    """Every module that the plan targets was quantized and written so, and nothing else.
 
     Raises:
         AlphaQuantError: names the difference.
     """
-    targeted = {name for name, scheme in prepared.schemes.items() if scheme is not None}
-    quantized = {m.name for record in records for m in record.modules}
-    difference = sorted(targeted ^ quantized)
+    targeted = {name: scheme for name, scheme in prepared.schemes.items() if scheme is not None}
+    names = [m.name for record in records for m in record.modules]
+    quantized = {
+        name
+        for name in names
+        if name not in targeted or stored.issuperset(layout.tensor_names(name, targeted[name]))
+    }
+    difference = sorted(targeted.keys() ^ quantized)
     if difference:
         raise AlphaQuantError(
             f"{len(difference)} modules differ between plan and result: {', '.join(difference[:5])}",
@@ -242,7 +248,7 @@ def _sizes(checkpoint: Checkpoint, run: RunDir, records: list[LayerRecord]) -> d
     bits = sum(m.bits_per_weight * m.num_weights for m in modules)
     return {
         "before_bytes": checkpoint.total_bytes,
-        "after_bytes": sum(shard.num_bytes for shard in run.shards),
+        "after_bytes": run.num_bytes,
         "quantized_weights": weights,
         "bits_per_weight": bits / weights if weights else None,
     }

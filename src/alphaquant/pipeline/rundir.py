@@ -89,6 +89,16 @@ class RunDir:
             shutil.rmtree(staging, ignore_errors=True)
             raise
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the shards so far."""
+        return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def tensor_names(self) -> set[str]:
+        """The tensors written so far."""
+        return set(self._weight_map)
+
     def add_shard(self, tensors: Mapping[str, Tensor]) -> ShardInfo:
         """Write the next shard."""
         name = f"model-{len(self.shards) + 1:05d}-of-{self._num_shards:05d}.safetensors"

@@ -1,5 +1,7 @@
 """Run records to something one would rather look at: HTML and markdown. Reads files only, needs no model."""
 
+from __future__ import annotations
+
 from alphaquant.report.render import write_report
 
 __all__ = ["write_report"]

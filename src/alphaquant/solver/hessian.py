@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Evidence", "EvidenceSum", "HessianSum"]
 
+_ROWS = 256
+
 
 class Evidence(NamedTuple):
     """What an expert saw: rows, the sum of their scores, and the effective sample size `(Σc)² / Σc²`."""
@@ -100,20 +102,23 @@ def _expert_sums(values_R: Tensor, counts: list[int]) -> Tensor:
 def _add_gram(sum_II: Tensor, x_RI: Tensor, weight_R: Tensor | None) -> None:
     """`sum += xᵀ diag(weight) x` in fp32.
 
-    Rows are scaled by √weight before the product, so the sum stays symmetric and positive semi-definite. bf16
-    activations go through bf16 products with fp32 sums: exact for plain rows, and the Gram matrix of rows rounded
-    once to bf16 for weighted ones.
+    Rows are scaled by √weight before the product, so the sum stays symmetric and positive semi-definite. On a CPU
+    bf16 activations go through bf16 products with fp32 sums: exact for plain rows, and the Gram matrix of rows
+    rounded once to bf16 for weighted ones. Zero rows fill up to a multiple of `_ROWS`: CPU libraries compile a kernel
+    for each new number of rows, which costs more than the zeros.
     """
-    rows = x_RI.float()
-    if weight_R is not None:
-        rows = rows * weight_R.sqrt()[:, None]
-    rows_IR = rows.T.contiguous()
+    num_rows, in_features = x_RI.shape
+    rows_RI = torch.zeros(-(-num_rows // _ROWS) * _ROWS, in_features, device=x_RI.device)
+    if weight_R is None:
+        rows_RI[:num_rows] = x_RI
+    else:
+        torch.mul(x_RI, weight_R.sqrt()[:, None], out=rows_RI[:num_rows])
     if x_RI.dtype is not torch.bfloat16 or x_RI.device.type != "cpu":
-        sum_II.addmm_(rows_IR, rows_IR.T)
+        sum_II.addmm_(rows_RI.T, rows_RI)
         return
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        sum_II.addmm_(rows_IR, rows_IR.T)
+        sum_II.addmm_(rows_RI.T, rows_RI)
     finally:
         torch.set_float32_matmul_precision(before)

@@ -1,0 +1,5 @@
+"""`python -m alphaquant` is the command."""
+
+from alphaquant.cli import main
+
+main()

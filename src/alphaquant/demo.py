@@ -1,0 +1,74 @@
+"""The demo: the bundled model quantized in mixed precision, beside plain rounding at the same plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.resources import as_file, files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from alphaquant.checkpoint import write_json
+from alphaquant.pipeline import FOLDER, Calibration, evaluate_checkpoint, prepare, quantize_checkpoint
+from alphaquant.plan import Plan
+from alphaquant.report import write_report
+from alphaquant.solver import Effort, Method, Recipe
+
+if TYPE_CHECKING:
+    from alphaquant.evaluation import Quality
+    from alphaquant.pipeline import Progress
+
+__all__ = ["DemoResult", "run_demo"]
+
+_SEQLEN = 256
+_WINDOWS = 200
+
+
+class DemoResult(NamedTuple):
+    """Quality of the original, of rounding and of GPTQ, the run's report, and the report's files."""
+
+    original: float
+    rounded: Quality
+    quantized: Quality
+    report: dict[str, Any]
+    files: list[Path]
+
+
+def run_demo(out: Path, *, overwrite: bool, progress: Progress) -> DemoResult:
+    """Quantize the bundled model by the bundled plan into `out`, evaluate it against the original, write the report.
+
+    Raises:
+        OutputError: `out` holds something else, or cannot be written.
+    """
+    with as_file(files("alphaquant") / "data") as data, TemporaryDirectory() as scratch:
+        model = data / "demo-model"
+        prepared = prepare(model, Plan.load(data / "demo-plan.json"))
+        calibration = Calibration("bundled", num_samples=128, seqlen=_SEQLEN, seed=0)
+
+        def quantize(target: Path, recipe: Recipe) -> tuple[dict[str, Any], Quality]:
+            result = quantize_checkpoint(
+                prepared,
+                target,
+                recipe=recipe,
+                calibration=calibration if recipe.method is Method.GPTQ else None,
+                overwrite=overwrite,
+                progress=progress,
+                command=f"alphaquant demo -o {out}",
+            )
+            quality = evaluate_checkpoint(
+                target, data="bundled", seqlen=_SEQLEN, max_windows=_WINDOWS, against=model, progress=progress
+            )
+            return result.report, quality
+
+        _, rounded = quantize(Path(scratch) / "rtn", Recipe(method=Method.RTN, effort=Effort.FAST))
+        report, quantized = quantize(out, Recipe())
+        notes = []
+        for name, quality in (("round-to-nearest", rounded), ("GPTQ", quantized)):
+            facts = asdict(quality)
+            path = out / FOLDER / "quality" / f"{name}.json"
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, facts | (facts.pop("agreement") or {}))
+            notes.append(path)
+    written = write_report(out, None, notes)
+    assert quantized.agreement is not None
+    return DemoResult(quantized.agreement.original_perplexity, rounded, quantized, report, written)

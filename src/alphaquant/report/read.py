@@ -1,0 +1,220 @@
+"""What a run left behind, checked on the way in: report, plan, records, and measurements of quality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime  # noqa: TC003  (pydantic reads it)
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import from_json
+
+from alphaquant.errors import CheckpointError
+from alphaquant.pipeline.records import KindSummary, LayerRecord
+from alphaquant.pipeline.rundir import FOLDER
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+__all__ = ["QualityRow", "Run", "RunReport", "read_quality", "read_run"]
+
+_VERSION = 1
+_T = TypeVar("_T")
+
+
+class _Part(BaseModel):
+    """A part of report.json; keys that a later version adds are passed over."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class ModelFacts(_Part):
+    """The checkpoint that was quantized."""
+
+    path: str
+    family: str
+    architecture: str
+    digest: str
+
+    @property
+    def name(self) -> str:
+        """The last part of its path, or the hub id where it lies in the hub's cache."""
+        parts = PurePath(self.path).parts
+        cached = next((part for part in reversed(parts) if part.startswith("models--")), None)
+        if cached is not None:
+            return cached.removeprefix("models--").replace("--", "/")
+        return parts[-1] if parts else self.path
+
+
+class CalibrationFacts(_Part):
+    """The tokens that the run saw."""
+
+    source: str
+    num_samples: int
+    seqlen: int
+    seed: int
+    digest: str
+
+
+class Sizes(_Part):
+    """Bytes of the weights before and after, and the bits of those that were quantized."""
+
+    before_bytes: int = Field(ge=0)
+    after_bytes: int = Field(gt=0)
+    quantized_weights: int
+    bits_per_weight: float | None
+
+
+class Audit(_Part):
+    """Numbers of modules: that the plan targets, that were quantized, that were left."""
+
+    targeted: int
+    quantized: int
+    left: int
+
+
+class Event(_Part):
+    """A module that was not treated as asked for, and why."""
+
+    module: str
+    event: str
+
+
+class RunReport(_Part):
+    """The content of alphaquant/report.json."""
+
+    alphaquant: str
+    torch: str
+    created: datetime
+    command: str
+    model: ModelFacts
+    layout: str
+    recipe: dict[str, Any]
+    calibration: CalibrationFacts | None
+    device: str
+    dtype: str
+    sizes: Sizes
+    summary: list[KindSummary]
+    audit: Audit
+    events: list[Event]
+    warnings: list[str]
+    notes: list[str]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+
+
+class Measured(_Part):
+    """What `alphaquant eval --json` prints; the last four only with --against."""
+
+    perplexity: float
+    stderr: float
+    tokens: int
+    windows: int
+    kl: float | None = None
+    kl_stderr: float | None = None
+    top1_agreement: float | None = None
+    original_perplexity: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QualityRow:
+    """A measurement and the name of its file."""
+
+    label: str
+    measured: Measured
+
+    @property
+    def change(self) -> float | None:
+        """Relative change of the perplexity from the original's."""
+        original = self.measured.original_perplexity
+        return self.measured.perplexity / original - 1 if original else None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Everything that a report shows of a run; layers in order, embedding and head apart."""
+
+    report: RunReport
+    plan: dict[str, Any]
+    layers: list[LayerRecord]
+    outer: list[LayerRecord]
+
+
+def read_run(directory: Path) -> Run:
+    """Read what `quantize` wrote into `directory`.
+
+    Raises:
+        CheckpointError: the directory is none of ours, or a file of it is missing, malformed or of another version.
+    """
+    folder = directory / FOLDER
+    path = folder / "report.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} is not a directory that alphaquant made",
+            where=str(path),
+            remedy="give the directory that `alphaquant quantize -o` made",
+        )
+    remedy = "quantize again: the file was changed or damaged"
+    data = _read_json(path, remedy)
+    version = data.get("version") if isinstance(data, dict) else None
+    if version != _VERSION:
+        raise CheckpointError(
+            f"report.json is of version {version!r}, not {_VERSION}",
+            where=str(path),
+            remedy="use the version of alphaquant that made the directory",
+        )
+    report = _check(data, TypeAdapter(RunReport), path, remedy)
+    plan = _check(_read_json(folder / "plan.json", remedy), TypeAdapter(dict[str, Any]), folder / "plan.json", remedy)
+    adapter = TypeAdapter(LayerRecord)
+    records = []
+    for file in sorted((folder / "records").glob("*.json")):
+        record = _check(_read_json(file, remedy), adapter, file, remedy)
+        if record.routing is not None and len(record.routing.tokens) != len(record.routing.effective_samples):
+            raise CheckpointError("routing lists differ in length", where=str(file), remedy=remedy)
+        records.append(record)
+    found = sum(len(record.modules) for record in records)
+    if found != report.audit.quantized:
+        raise CheckpointError(
+            f"the records hold {found} modules, report.json says {report.audit.quantized}",
+            where=str(folder / "records"),
+            remedy="quantize again: files of this folder are missing or of another run",
+        )
+    layers = sorted((r for r in records if r.layer is not None), key=lambda r: r.layer or 0)
+    return Run(report, plan, layers, [r for r in records if r.layer is None])
+
+
+def read_quality(paths: Sequence[Path]) -> list[QualityRow]:
+    """Read measurements that `eval --json` made; each is labelled by its file's name.
+
+    Raises:
+        CheckpointError: a file is missing or malformed.
+    """
+    remedy = "give a file that `alphaquant eval --json` wrote"
+    rows = []
+    for path in paths:
+        # a broken model's perplexity is infinite, and says so
+        measured = _check(_read_json(path, remedy, allow_nan=True), TypeAdapter(Measured), path, remedy)
+        rows.append(QualityRow(path.stem.encode(errors="replace").decode(), measured))
+    return rows
+
+
+def _read_json(path: Path, remedy: str, *, allow_nan: bool = False) -> Any:
+    try:
+        return from_json(path.read_bytes(), allow_inf_nan=allow_nan)
+    except OSError as error:
+        what = f"{path.name} cannot be read: {error.strerror}"
+        raise CheckpointError(what, where=str(path), remedy=remedy) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} is not JSON: {error}", where=str(path), remedy=remedy) from error
+
+
+def _check(data: Any, adapter: TypeAdapter[_T], path: Path, remedy: str) -> _T:
+    try:
+        return adapter.validate_python(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the whole"
+        what = f"{path.name} is malformed: {place}: {first['msg']}"
+        raise CheckpointError(what, where=str(path), remedy=remedy) from error

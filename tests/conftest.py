@@ -1,0 +1,30 @@
+"""Tiny models and texts that the tests of runs and of the command share; nothing may write into them."""
+
+from __future__ import annotations
+
+import pytest
+from pipeline import tiny
+
+
+@pytest.fixture(scope="session")
+def olmoe(tmp_path_factory):
+    """A mixture of eight experts, in two shards."""
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "olmoe", "olmoe", shards=2)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A dense model with grouped queries, in one file."""
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A text of 4,000 tokens."""
+    return tiny.write_text(tmp_path_factory.mktemp("texts") / "calibration.txt", 4000)
+
+
+@pytest.fixture(scope="session")
+def other_text(tmp_path_factory):
+    """Another text of the same kind, to evaluate on."""
+    return tiny.write_text(tmp_path_factory.mktemp("texts") / "evaluation.txt", 3000, seed=1)
