@@ -124,13 +124,37 @@ def evaluate(ids: Tensor, outer: dict[str, Tensor], layers: list[dict[str, Tenso
         return math.exp(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten()))
 
 
+def write(
+    out: Path, spec: ModelSpec, outer: dict[str, Tensor], layers: list[dict[str, Tensor]], tokenizer: Tokenizer
+) -> None:
+    """Write the model in bf16, its config and tokenizer."""
+    model_dir = out / "demo-model"
+    model_dir.mkdir(parents=True, exist_ok=True)
+    tensors = {name: w.detach().bfloat16().contiguous() for name, w in outer.items()}
+    for layer, weights in enumerate(layers):
+        for p in spec.parameters(layer):
+            stacked = weights[p.key].detach().bfloat16()
+            for name, w in zip(spec.tensor_names(layer, p), stacked if p.num_experts else [stacked], strict=True):
+                tensors[name] = w.contiguous().clone()
+    save_file(tensors, model_dir / "model.safetensors", {"format": "pt"})
+    tokenizer.save(str(model_dir / "tokenizer.json"), pretty=False)
+    (model_dir / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    tokenizer_config = {
+        "eos_token": "<|endoftext|>",
+        "model_max_length": CONFIG["max_position_embeddings"],
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (model_dir / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+
+
 def main() -> None:
     """Train, then write model, tokenizer and the two held-out texts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -175,24 +199,7 @@ def main() -> None:
             )
         step += 1
 
-    model_dir = args.out / "demo-model"
-    model_dir.mkdir(parents=True, exist_ok=True)
-    tensors = {name: w.detach().bfloat16().contiguous() for name, w in outer.items()}
-    for layer, weights in enumerate(layers):
-        for p in spec.parameters(layer):
-            stacked = weights[p.key].detach().bfloat16()
-            for name, w in zip(spec.tensor_names(layer, p), stacked if p.num_experts else [stacked], strict=True):
-                tensors[name] = w.contiguous().clone()
-    save_file(tensors, model_dir / "model.safetensors", {"format": "pt"})
-    tokenizer.save(str(model_dir / "tokenizer.json"), pretty=False)
-    (model_dir / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    tokenizer_config = {
-        "eos_token": "<|endoftext|>",
-        "model_max_length": CONFIG["max_position_embeddings"],
-        "pad_token": "<|endoftext|>",
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    (model_dir / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+    write(args.out, spec, outer, layers, tokenizer)
     (args.out / "calibration.txt").write_text(calibration, encoding="utf-8")
     (args.out / "evaluation.txt").write_text(evaluation, encoding="utf-8")
     print(f"{step} steps, held-out perplexity {evaluate(held_out, outer, layers, spec):.3f}, written to {args.out}")

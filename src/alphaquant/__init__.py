@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from alphaquant.errors import AlphaQuantError
+from alphaquant.pipeline import load
 
 __version__ = version("alphaquant-moe")
-__all__ = ["AlphaQuantError", "__version__"]
+__all__ = ["AlphaQuantError", "__version__", "load"]

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +20,7 @@ CT_SCHEMES = [
     scheme("int4", 64),
     scheme("int8", -1),
     scheme("int3", 32, symmetric=False),
+    scheme("int3", 32),
     scheme("fp8", -1),
     scheme("nvfp4"),
     scheme("mxfp4"),
@@ -123,6 +125,15 @@ def test_compressed_tensors_weights(chosen, storage, expected):
     assert config["format"] == ("pack-quantized" if storage == "pack-quantized" else "mixed-precision")
     assert expected.items() <= group["weights"].items()
     assert ("scale_dtype" in group["weights"]) == ("scale_dtype" in expected)
+
+
+def test_compressed_tensors_groups_differ_in_everything_but_the_scale_dtype():
+    a, b = scheme("int4", 128), scheme("int4", 128, dtype=torch.float16)
+    others = [scheme("int4", 128, symmetric=False), scheme("int4", 64), scheme("int3", 128)]
+    schemes = {f"m.{i}.w": chosen for i, chosen in enumerate([a, b, *others])}
+    groups = config_of("compressed-tensors", schemes)["config_groups"]
+    assert [len(g["targets"]) for g in groups.values()] == [1, 1, 1, 1]
+    assert groups["group_0"]["targets"] == [r"re:^m\.(?:0|1)\.w$"]
 
 
 # --- humming, as vLLM reads it --------------------------------------------------------------------------------------

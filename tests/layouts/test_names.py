@@ -75,6 +75,8 @@ def test_names_are_escaped_and_sizes_do_not_leak():
     names = ["a+b.0.w", "aab.0.w", "aXb.0.w", "a+b.0.ww"]
     patterns = NamePatterns(names).cover(["a+b.0.w"])
     assert matched(patterns, names) == ["a+b.0.w"]
+    leaves = ["m.a+b", "m.aab", "m.c"]
+    assert matched(NamePatterns(leaves).cover(["m.a+b", "m.c"]), leaves) == ["m.a+b", "m.c"]
 
 
 def test_plain_names_stay_plain():

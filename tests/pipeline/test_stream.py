@@ -27,7 +27,6 @@ class Seen(NamedTuple):
     served: list[dict[str, torch.Tensor]]
     outer: dict[str, torch.Tensor]
     spec: ModelSpec
-    num_factor_calls: int = 0
 
 
 @pytest.fixture(scope="module", params=["olmoe", "llama"])
@@ -67,13 +66,12 @@ def test_attention_is_quantized_before_the_feed_forward_is_seen(seen):
     assert steps == [step for step in expected for _ in range(4)]
 
 
-def test_the_stream_is_that_of_the_quantized_layers(seen, request):
+def test_the_stream_is_that_of_the_quantized_layers(seen):
     """Layer 0 reads the embedding, layer 1 what the served layer 0 makes of it."""
     x_NLD = seen.spy.before[0]
     assert x_NLD.shape == (SAMPLES, LENGTH, 64)
     embedding = seen.outer["model.embed_tokens.weight"]
-    distance = torch.cdist(x_NLD.flatten(0, 1), embedding).min(1).values
-    assert distance.max() < 1e-3
+    assert bool((x_NLD[:, :, None] == embedding).all(-1).any(-1).all())
     for layer in range(2):
         torch.testing.assert_close(seen.spy.before[layer], x_NLD, atol=1e-4, rtol=1e-4)
         x_NLD = mlp_half(attended(seen, x_NLD, layer), seen.served[layer], seen.spec, layer)
@@ -142,13 +140,13 @@ def test_linears_that_share_an_input_share_a_hessian(request, tmp_path, monkeypa
     assert found == sources * 2
 
 
-def test_no_forward_pass_for_each_linear(request, tmp_path, monkeypatch, text, llama):
-    """Two passes of a dense layer are seven products to propagate, and five to collect: q, k, v, gate and up."""
+def test_no_forward_pass_for_each_linear(tmp_path, monkeypatch, text, llama):
+    """A dense layer is at most seven products to propagate, and five to collect: q, k, v, gate and up."""
     calls = []
     linear = F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: calls.append(w.shape) or linear(x, w, b))
     tiny.quantize(llama, tmp_path / "out", PLAN, text, num_samples=SAMPLES, seqlen=LENGTH)
-    assert len(calls) == 2 * (7 + 5)
+    assert 0 < len(calls) <= 2 * (7 + 5)
 
 
 def test_without_a_text_nothing_runs(olmoe, tmp_path, monkeypatch):

@@ -75,7 +75,12 @@ HUMMING_PLAN: dict[str, Any] = {
 PLANS = {"served": SERVED_PLAN, "humming": HUMMING_PLAN}
 
 
-def tensors_of(spec: ModelSpec, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
+def random_tensors(family: str) -> dict[str, Tensor]:
+    """The tensors of the family's unchanged model in fp32, to be changed."""
+    return _tensors_of(detect(CONFIGS[family]), torch.float32, 0)
+
+
+def _tensors_of(spec: ModelSpec, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     """Random tensors for every name that a model must have."""
     generator = torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {f"{p.role}.{p.leaf}": p.shape for p in spec.outer_parameters()}
@@ -106,7 +111,7 @@ def write_model(
     """Write a checkpoint directory; `changes` replace tensors, `overrides` keys of config.json."""
     config = CONFIGS[family] | overrides
     spec = detect(config)
-    tensors = tensors_of(spec, spec.dtype, seed) | dict(changes or {})
+    tensors = _tensors_of(spec, spec.dtype, seed) | dict(changes or {})
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     if shards == 1:

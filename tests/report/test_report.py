@@ -294,7 +294,7 @@ def test_loss_map_averages_experts_and_names_bits(tmp_path):
 
 
 def test_loss_map_colours_follow_the_loss(tmp_path):
-    records = write_run(tmp_path)
+    write_run(tmp_path)
     draw(tmp_path)
     html = (tmp_path / "alphaquant" / "report.html").read_text()
     cells = re.findall(r'<td class="s(\d)" title="layer \d+, [^"]*?: loss ([\d.]+)%', html)
@@ -302,11 +302,10 @@ def test_loss_map_colours_follow_the_loss(tmp_path):
     steps = [int(step) for step, _ in sorted(cells, key=lambda cell: float(cell[1]))]
     assert steps == sorted(steps)
     assert (steps[0], steps[-1]) == (0, 7)
-    assert records
 
 
-@pytest.mark.parametrize("loss", [0.0, 3e-3])
-def test_equal_losses_are_drawn(tmp_path, loss):
+@pytest.mark.parametrize(("loss", "step", "legend"), [(0.0, "0", False), (4e-3, "7", True)])
+def test_equal_losses_are_drawn(tmp_path, loss, step, legend):
     for record in write_run(tmp_path):
         stem = "outer" if record.layer is None else f"layer-{record.layer:05d}"
         data = record.to_dict()
@@ -315,6 +314,11 @@ def test_equal_losses_are_drawn(tmp_path, loss):
         (tmp_path / "alphaquant" / "records" / f"{stem}.json").write_text(json.dumps(data))
     page, _ = draw(tmp_path)
     assert f"loss {loss:.3%}" in " ".join(page.titles)
+    html = (tmp_path / "alphaquant" / "report.html").read_text()
+    assert set(re.findall(r'<td class="s(\d)" title="layer', html)) == {step}
+    # a range of nothing is drawn as one of a factor of four
+    assert ('<span class="s0">0.100</span>' in html) == legend
+    assert ("Percent, from" in html) == legend
 
 
 def test_expert_map_marks_starved_and_dead(tmp_path):
@@ -325,7 +329,7 @@ def test_expert_map_marks_starved_and_dead(tmp_path):
     record["routing"] |= {"tokens": tokens, "effective_samples": [float(t) for t in tokens]}
     file.write_text(json.dumps(record))
     page, text = draw(tmp_path)
-    assert "Of 8 experts 1 are starved of tokens and 1 saw none." in page.words
+    assert "Of 8 experts, starved of tokens: 1, without any: 1." in page.words
     html = (tmp_path / "alphaquant" / "report.html").read_text()
     drawing = html[html.index('<svg class="map"') :]
     drawing = drawing[: drawing.index("</svg>")]

@@ -1,12 +1,15 @@
-"""The humming layout: every format of ours, served by vLLM through the humming-kernels library.
+"""The humming layout: every format of ours, for vLLM through the humming-kernels library.
 
 Names, shapes and config follow ``humming/schema/humming.py`` of humming-kernels 0.1.19 and vLLM's
-``quantization/humming.py`` (https://github.com/inclusionAI/humming); neither is imported.
+``quantization/humming.py`` (https://github.com/vllm-project/humming); neither is imported.
 
 ``weight_scale_2``, which multiplies, is 1 / global scale of NVFP4. In float32 that reciprocal is not invertible:
 between sqrt(2) and 2 there are fewer reciprocals than global scales. It is stored as float64, whose rounding is so
 fine that both ways are exact: rounded to float32, as engines load it, it is the correctly rounded float32 reciprocal
 (for 24-bit g, 1/g stays more than 2^-50 away from any midpoint of two float32), and its own reciprocal rounds to g.
+
+vLLM 0.32 has one place for ``weight_scale_2`` in a fused module (qkv, gate with up, experts) and fails to load a
+second: there NVFP4 is served from compressed-tensors only.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,21 +136,25 @@ def save_single_file(source: Path, path: Path, *, remove_source: bool = False) -
         CheckpointError: the source is not a checkpoint.
         OutputError: the file cannot be written.
     """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        torch.save(_single_file_content(source), part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise OutputError(f"{path} cannot be written: {error}", remedy="choose another file") from error
+    finally:
+        with suppress(OSError):  # it is gone where all went well
+            part.unlink()
+        if remove_source:
+            shutil.rmtree(source, ignore_errors=True)
+
+
+def _single_file_content(source: Path) -> dict[str, Any]:
     checkpoint = Checkpoint.open(source)
     table = source / MODULES_FILE
-    content: dict[str, Any] = {
+    return {
         "version": 1,
         "config": checkpoint.config,
         "modules": json.loads(table.read_text(encoding="utf-8")) if table.is_file() else None,
         "tensors": {name: checkpoint.read(name) for name in checkpoint.names()},
     }
-    part = path.with_name(f".{path.name}.part")
-    try:
-        torch.save(content, part)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}", remedy="choose another file") from error
-    finally:
-        if remove_source:
-            shutil.rmtree(source, ignore_errors=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.calibration import evaluation_windows, is_tokenised, load_tokenizer
-from alphaquant.errors import CalibrationError, ConfigError
+from alphaquant.errors import CalibrationError, ConfigError, NumericsError
 from alphaquant.evaluation import Quality, WindowScores, score_windows
 from alphaquant.layouts import open_source
 from alphaquant.models import (
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_checkpoint", "load"]
 
 _HEAD_TOKENS = 1024  # tokens whose logits are alive together
+_MAX_NATS = 500.0  # whose exponential is a number still; guessing among a million tokens is 14
 
 
 def load(path: Path, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Decoder:
@@ -105,7 +107,24 @@ def evaluate_checkpoint(
         cut = slice(start, start + size)
         logits = [F.linear(x[cut], head) for x, head in streams]
         score_windows(logits[0], batch.ids[cut], logits[1] if against is not None else None, scores)
+    _require_sane(scores, path)
     return scores.quality(seqlen - 1)
+
+
+def _require_sane(scores: WindowScores, path: Path) -> None:
+    """Figures that can be told: a loss whose exponential is a number, a divergence that is finite.
+
+    Raises:
+        NumericsError: the model's logits are too large, or are no numbers.
+    """
+    for name, values in (("loss", scores.loss), ("original's loss", scores.original_loss), ("KL", scores.kl)):
+        worst = max(values, key=lambda value: (math.isnan(value), value), default=0.0)
+        if not worst < _MAX_NATS:
+            raise NumericsError(
+                f"no perplexity can be told: the {name} of a window is {worst:.4g} nats a token",
+                where=str(path),
+                remedy="run with --dtype fp32, or look at the weights of the head",
+            )
 
 
 def _open(path: Path) -> tuple[TensorSource, ModelSpec]:

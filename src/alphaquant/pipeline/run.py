@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import torch
 
 from alphaquant.calibration import TokenBatch, calibration_tokens, is_tokenised, load_tokenizer
 from alphaquant.checkpoint import Checkpoint
-from alphaquant.errors import AlphaQuantError, CheckpointError
+from alphaquant.errors import AlphaQuantError, CheckpointError, NumericsError
 from alphaquant.models import check_tensors, detect, read_layer, read_outer
 from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
 from alphaquant.pipeline.layer import LayerQuantizer, QuantizedLayer
@@ -143,6 +144,7 @@ def quantize_checkpoint(
     *layer_names, outer_names = shard_names(spec)
 
     def write(run: RunDir, names: list[str], result: QuantizedLayer) -> None:
+        _require_finite(result.record)
         with clock("pack"):
             tensors = shard_tensors(names, result.quantized, chosen, checkpoint.read)
         with clock("write"):
@@ -210,14 +212,32 @@ def quantize_checkpoint(
 def _tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:
     source = calibration.source
     tokenizer = None if is_tokenised(source) else load_tokenizer(prepared.checkpoint.path)
-    return calibration_tokens(
+    seqlen = min(calibration.seqlen, prepared.spec.max_positions)
+    tokens = calibration_tokens(
         source,
         tokenizer,
         num_samples=calibration.num_samples,
-        seqlen=min(calibration.seqlen, prepared.spec.max_positions),
+        seqlen=seqlen,
         seed=calibration.seed,
         vocab_size=prepared.spec.vocab_size,
     )
+    if seqlen == calibration.seqlen:
+        return tokens
+    warning = f"windows have {seqlen} tokens, the most that the model takes, where {calibration.seqlen} were asked for"
+    return replace(tokens, warnings=(*tokens.warnings, warning))
+
+
+def _require_finite(record: LayerRecord) -> None:
+    """Weights so large that their squares overflow have no loss that could be told.
+
+    Raises:
+        NumericsError: names the first module.
+    """
+    for module in record.modules:
+        if not math.isfinite(module.loss) or not math.isfinite(module.relative_loss):
+            raise NumericsError(
+                f"the loss is {module.loss}", where=module.name, remedy="look at these weights: they are too large"
+            )
 
 
 def _audit(prepared: Prepared, records: list[LayerRecord], layout: Layout, stored: set[str]) -> dict[str, Any]:
@@ -229,9 +249,7 @@ def _audit(prepared: Prepared, records: list[LayerRecord], layout: Layout, store
     targeted = {name: scheme for name, scheme in prepared.schemes.items() if scheme is not None}
     names = [m.name for record in records for m in record.modules]
     quantized = {
-        name
-        for name in names
-        if name not in targeted or stored.issuperset(layout.tensor_names(name, targeted[name]))
+        name for name in names if name not in targeted or stored.issuperset(layout.tensor_names(name, targeted[name]))
     }
     difference = sorted(targeted.keys() ^ quantized)
     if difference:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from alphaquant.layouts import Layout
     from alphaquant.models import ModelSpec
 
-__all__ = ["FOLDER", "RunDir", "check_output"]
+__all__ = ["FOLDER", "RunDir", "check_output", "check_writable"]
 
 FOLDER = "alphaquant"
 _SIDE_FILES = (
@@ -48,14 +48,30 @@ def check_output(path: Path, source: Path, *, overwrite: bool) -> None:
     Raises:
         OutputError: it holds something else, is the source itself, or cannot be written.
     """
+    try:
+        target, model = path.resolve(), source.resolve()
+        if target == model or target in model.parents or model in target.parents:
+            raise OutputError(f"{path} is, holds or lies in the model itself", remedy="choose another output")
+        if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(
+                f"{path} already exists and is not empty", remedy="choose another output, or pass --overwrite"
+            )
+    except OSError as error:  # a name too long, a loop of links, a directory that may not be read
+        raise OutputError(f"{path} cannot be written: {error.strerror}", remedy="choose another output") from error
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a path at which neither a file nor a directory can be made, before any work is done.
+
+    Raises:
+        OutputError: names the directory that is in the way.
+    """
     target = path.resolve()
-    if target == source.resolve() or target in source.resolve().parents:
-        raise OutputError(f"{path} is (or holds) the model itself", remedy="choose another -o")
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-        raise OutputError(f"{path} already exists and is not empty", remedy="choose another -o, or pass --overwrite")
-    parent = next(p for p in (target.parent, *target.parent.parents) if p.exists())
+    parent = next(p for p in target.parents if p.exists())
+    why = "is no directory" if not parent.is_dir() else "may not be written to"
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{path} cannot be written: no permission in {parent}", remedy="choose another -o")
+        raise OutputError(f"{path} cannot be written: {parent} {why}", remedy="choose another output")
 
 
 class RunDir:
@@ -77,6 +93,7 @@ class RunDir:
         """
         target = path.resolve()
         staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        new_parents = [parent for parent in target.parents if not parent.exists()]
         try:
             shutil.rmtree(staging, ignore_errors=True)
             (staging / FOLDER).mkdir(parents=True)
@@ -87,6 +104,9 @@ class RunDir:
             _replace(staging, target)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
+            with suppress(OSError):  # someone else may have put something there by now
+                for parent in new_parents:
+                    parent.rmdir()
             raise
 
     @property
@@ -145,13 +165,19 @@ class RunDir:
 
 def _replace(staging: Path, target: Path) -> None:
     """Move the finished directory to its name; what was there before goes only after that worked."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
         if not target.exists():
             staging.rename(target)
             return
-        old = target.with_name(f".{target.name}.old-{os.getpid()}")
         target.rename(old)
-        staging.rename(target)
+        try:
+            staging.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     except OSError as error:
-        raise OutputError(f"the result cannot be moved to {target}: {error.strerror}") from error
+        raise OutputError(
+            f"the result cannot be moved to {target}: {error.strerror}", remedy="choose another output"
+        ) from error

@@ -123,16 +123,22 @@ def _remarks(report: RunReport, experts: Experts | None) -> list[Remark]:
     if events:
         share = events / max(1, audit.quantized)
         remarks.append(
-            Remark(f"{_count(events, 'module')} ({share:.1%}) fell back to rounding or to more damping.", fine=False, section="events")
+            Remark(
+                f"{_count(events, 'module')} ({share:.1%}) fell back to rounding or to more damping.",
+                fine=False,
+                section="events",
+            )
         )
     else:
         remarks.append(Remark("No module fell back.", fine=True))
     if experts is not None and experts.rows:
         if experts.starved or experts.dead:
-            text = f"Of {experts.count:,} experts {experts.starved:,} are starved of tokens and {experts.dead:,} saw none."
+            text = (
+                f"Of {experts.count:,} experts, starved of tokens: {experts.starved:,}, without any: {experts.dead:,}."
+            )
             remarks.append(Remark(text, fine=False, section="experts"))
         else:
-            remarks.append(Remark(f"All {experts.count:,} experts saw enough tokens.", fine=True))
+            remarks.append(Remark(f"None of the {experts.count:,} experts is starved of tokens.", fine=True))
     if report.warnings:
         remarks.append(Remark(f"{_count(len(report.warnings), 'warning')}.", fine=False, section="warnings"))
     return remarks
