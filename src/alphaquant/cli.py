@@ -18,13 +18,16 @@ from alphaquant.checkpoint import resolve_model
 from alphaquant.demo import run_demo
 from alphaquant.errors import AlphaQuantError, ConfigError, OutputError, PlanError
 from alphaquant.models import MoESpec
+from alphaquant.numerics import keep_freed_memory
 from alphaquant.pipeline import (
     Calibration,
     Prepared,
     check_output,
+    check_writable,
     evaluate_checkpoint,
     export_checkpoint,
     plan_sizes,
+    planned_layout,
     prepare,
     quantize_checkpoint,
     save_single_file,
@@ -75,7 +78,9 @@ class Format(str, Enum):
     DENSE = "dense"
 
 
-ModelArg = Annotated[str, typer.Argument(help="Checkpoint directory, or a hub id such as allenai/OLMoE-1B-7B-0924.")]
+ModelArg = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a hub id such as allenai/OLMoE-1B-7B-0924.")
+]
 ConfigOpt = Annotated[Path | None, typer.Option("--config", help="Plan: a JSON file.")]
 SchemeOpt = Annotated[str | None, typer.Option("--scheme", help="Plan in short: int4:g128, int3:g64:asym, mxfp4 …")]
 DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -175,11 +180,11 @@ def quantize(
     effort: Annotated[Effort, typer.Option(help="Spent on scales and refinement.")] = Effort.DEFAULT,
     calib: Annotated[
         str | None,
-        typer.Option(help="wikitext2, c4, bundled, or a text, JSONL or token file. [default: wikitext2]"),
+        typer.Option(help="wikitext2, c4, bundled, or a text, JSONL or token file.", show_default="wikitext2"),
     ] = None,
     nsamples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 2048,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the windows.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws the windows.")] = 0,
     routing_weight: Annotated[float, typer.Option(min=0, help="Routed rows weigh their score to this power.")] = 1.0,
     layout: Annotated[Format, typer.Option("--format", help="Layout; auto: the most widely served.")] = Format.AUTO,
     device: DeviceOpt = "auto",
@@ -201,22 +206,25 @@ def quantize(
     prepared = prepare(resolve_model(model), _plan(config, scheme))
     print_notes(prepared.resolved.warnings, prepared.resolved.notes)
     target = _output_directory(output, save, prepared, overwrite=overwrite)
+    layout_name = None if layout is Format.AUTO else layout.value
+    torch_device = _device(device)
     if dry_run:
+        planned_layout(prepared, layout_name)
         sizes = plan_sizes(prepared)
         _print_json([asdict(s) for s in sizes]) if as_json else print_sizes(sizes)
         return
     if method is Method.RTN and calib is None:
         calibration = None
     else:
-        calibration = Calibration(calib or "wikitext2", nsamples, seqlen, seed)
+        calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed)
     with progress_bar("quantizing", quiet=quiet or as_json) as progress:
         result = quantize_checkpoint(
             prepared,
             target,
             recipe=Recipe(method=method, effort=effort, routing_power=routing_weight),
             calibration=calibration,
-            layout=None if layout is Format.AUTO else layout.value,
-            device=_device(device),
+            layout=layout_name,
+            device=torch_device,
             dtype=dtype.value,
             overwrite=overwrite,
             progress=progress,
@@ -275,17 +283,24 @@ def export(
     directory: Annotated[Path, typer.Argument(metavar="OUT", help="Directory that `quantize` made.")],
     *,
     output: Annotated[Path, typer.Option("-o", "--output", help="Directory, or .pt file, to make.")],
-    layout: Annotated[Format, typer.Option("--format", help="Layout to convert to.")] = Format.DENSE,
+    layout: Annotated[
+        Format | None, typer.Option("--format", help="Layout to convert to.", show_default="dense")
+    ] = None,
     overwrite: OverwriteOpt = False,
 ) -> None:
-    """Convert a quantized directory to another layout, losslessly from its codes."""
+    """Convert a quantized directory to another layout, losslessly from its codes, or gather it in one .pt file."""
     if output.suffix == ".pt":
+        if layout is not None:
+            raise OutputError(
+                f"--format {layout.value} with {output}: a .pt file keeps the layout of its directory",
+                remedy="convert into a directory first, and export that one",
+            )
+        _check_single_file(output, overwrite=overwrite)
         save_single_file(directory, output)
         size = output.stat().st_size
     else:
-        size = export_checkpoint(
-            directory, output, None if layout is Format.AUTO else layout.value, overwrite=overwrite
-        )
+        name = Format.DENSE.value if layout is None else layout.value
+        size = export_checkpoint(directory, output, None if layout is Format.AUTO else name, overwrite=overwrite)
     out.print(f"written to {output} ({human_bytes(size)})", soft_wrap=True)
 
 
@@ -347,11 +362,20 @@ def _output_directory(output: Path | None, save: Path | None, prepared: Prepared
     if save is not None:
         if save.suffix != ".pt":
             raise OutputError(f"--save {save} does not end in .pt", remedy="give a file name such as quantized.pt")
-        if save.exists() and not overwrite:
-            raise OutputError(f"{save} already exists", remedy="choose another --save, or pass --overwrite")
+        if output is not None and save.resolve() == output.resolve():
+            raise OutputError(f"-o and --save are both {save}", remedy="give the file another name")
+        _check_single_file(save, overwrite=overwrite)
     target = output if output is not None else save.with_name(f".{save.name}.parts") if save is not None else Path()
     check_output(target, prepared.checkpoint.path, overwrite=overwrite)
     return target
+
+
+def _check_single_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse a file that is there already, or that cannot be made, before any work is done."""
+    check_writable(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        remedy = "choose another file" if path.is_dir() else "choose another file, or pass --overwrite"
+        raise OutputError(f"{path} already exists", remedy=remedy)
 
 
 def _print_json(content: Any) -> None:
@@ -360,14 +384,16 @@ def _print_json(content: Any) -> None:
 
 def main() -> None:
     """Entry point: our own errors become a message and exit code 2."""
+    keep_freed_memory()
     try:
-        app()
+        app(prog_name="alphaquant")
     except AlphaQuantError as error:
         print_error(error)
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("interrupted; nothing was left behind")
-        sys.exit(130)
+    except SystemExit as stop:  # typer makes this of Ctrl-C
+        if stop.code == 130:
+            err.print("interrupted; nothing was left behind")
+        raise
 
 
 if __name__ == "__main__":

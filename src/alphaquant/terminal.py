@@ -38,6 +38,8 @@ __all__ = [
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+_UNLIMITED = 1000
+
 
 def human_bytes(size: float) -> str:
     """`1536` → `1.5 KiB`."""
@@ -74,6 +76,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | No
     return result
 
 
+def _print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Show a table; only a terminal has a width that it must fit into."""
+    console = out if out.is_terminal else Console(highlight=False, width=_UNLIMITED)
+    console.print(table(columns, rows))
+
+
 def print_sizes(sizes: Sequence[KindSize]) -> None:
     """What a plan makes of each kind of module."""
     rows = [
@@ -88,7 +96,7 @@ def print_sizes(sizes: Sequence[KindSize]) -> None:
         )
         for s in sizes
     ]
-    out.print(table(("kind", "format", "modules", "weights", "bits", "before", "after"), rows))
+    _print_table(("kind", "format", "modules", "weights", "bits", "before", "after"), rows)
     before, after = sum(s.before_bytes for s in sizes), sum(s.after_bytes for s in sizes)
     out.print(f"total {human_bytes(before)} → {human_bytes(after)} ({before / after:.2f}× smaller)")
 
@@ -106,7 +114,7 @@ def print_result(report: dict[str, Any]) -> None:
         )
         for row in report["summary"]
     ]
-    out.print(table(("kind", "format", "modules", "bits", "loss", "events"), rows))
+    _print_table(("kind", "format", "modules", "bits", "loss", "events"), rows)
     sizes, audit, seconds = report["sizes"], report["audit"], report["seconds"]
     ratio = sizes["before_bytes"] / sizes["after_bytes"]
     bits = "" if sizes["bits_per_weight"] is None else f", {sizes['bits_per_weight']:.2f} bits a quantized weight"

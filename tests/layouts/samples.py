@@ -16,6 +16,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def all_schemes(groups=GROUPS, dtypes=(torch.bfloat16,)):
     found = []
     for fmt, group, symmetric, dtype in itertools.product(FORMATS.values(), groups, (True, False), dtypes):
+        if fmt.scale is not ScaleKind.MODEL and dtype != dtypes[0]:
+            continue  # the scale dtype means nothing to it
         with contextlib.suppress(PlanError):  # a combination that does not exist
             found.append(Scheme(fmt, group, symmetric=symmetric, scale_dtype=dtype))
     return found

@@ -32,7 +32,7 @@ def test_every_scheme_round_trips(layout, scheme):
         assert layout.name == "compressed-tensors"  # humming takes every scheme of this shape
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from(CODED),
     st.sampled_from(all_schemes((-1, 1, 3, 16, 32))),
@@ -146,7 +146,7 @@ def test_compressed_tensors_is_chosen_where_it_can():
 # --- Humming's matrix scale, and the dense layout -------------------------------------------------------------------
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(st.integers(0, 2**23 - 1), st.integers(-100, 100))
 def test_any_global_scale_comes_back_and_loads_as_the_rounded_reciprocal(mantissa, exponent):
     humming, chosen = LAYOUTS["humming"], scheme("nvfp4")

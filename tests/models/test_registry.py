@@ -285,7 +285,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> Non
     ("key", "value"),
     [
         ("num_attention_heads", "4"),
-        ("num_attention_heads", True),
+        ("num_hidden_layers", True),
         ("num_attention_heads", 4.0),
         ("num_attention_heads", 0),
         ("hidden_size", -32),

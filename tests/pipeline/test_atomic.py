@@ -201,7 +201,7 @@ def test_an_export_of_damaged_records(llama, tmp_path, content):
     assert not (tmp_path / "dense").exists()
 
 
-@pytest.mark.parametrize("path", ["/dev/null/x.pt", "{}/missing/x.pt", "{}/out"])
+@pytest.mark.parametrize("path", ["/dev/null/x.pt", "/dev/null/x/y.pt", "{}/out"])
 def test_a_single_file_that_cannot_be_written(llama, tmp_path, path):
     tiny.quantize(llama, tmp_path / "out", INT4, None)
     before = snapshot(tmp_path)

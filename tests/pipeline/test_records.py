@@ -233,7 +233,8 @@ def test_summary_weighs_bits_by_size():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.mlp.experts.2.down_proj", "model.layers.0.input_layernorm", "lm_head", "model.embed_tokens"]
+    "name",
+    ["model.layers.1.mlp.experts.2.down_proj", "model.layers.0.input_layernorm", "lm_head", "model.embed_tokens"],
 )
 def test_weights_that_are_no_numbers_are_named(tmp_path, text, name, value):
     tensor = tiny.random_tensors("olmoe")[f"{name}.weight"]

@@ -50,10 +50,7 @@ def test_each_half_layer_runs_exactly_twice(seen):
     chunks = 4  # ten sequences by threes
     counts = Counter((p.half, p.layer, p.is_tapped) for p in seen.spy.passes)
     assert counts == {
-        (half, layer, tapped): chunks
-        for half in ("attention", "mlp")
-        for layer in range(2)
-        for tapped in (True, False)
+        (half, layer, tapped): chunks for half in ("attention", "mlp") for layer in range(2) for tapped in (True, False)
     }
     assert {p.x.shape for p in seen.spy.passes} == {(3, LENGTH, 64), (1, LENGTH, 64)}
 

@@ -193,6 +193,27 @@ def test_bf16_inputs_without_scores_are_exact() -> None:
     assert relative_to_diagonal(total.sum_EII[0], x.double().T @ x.double()) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_scored", [True, False])
+def test_any_number_of_rows(is_scored: bool, dtype: torch.dtype) -> None:  # noqa: FBT001
+    # products take rows in blocks: numbers of rows below, at and above a block's
+    counts = [300, 0, 1, 255, 256, 257]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(counts), SIZE, generator=generator).to(dtype)
+    score = torch.rand(sum(counts), generator=generator) if is_scored else None
+    total = HessianSum(len(counts), SIZE, 1.0)
+    for _ in range(2):
+        total.add(x, counts, score)
+    weight = torch.ones(sum(counts)) if score is None else score
+    parts = zip(x.double().split(counts), weight.double().split(counts), strict=True)
+    truth = torch.stack([rows.T @ (rows * weights[:, None]) for rows, weights in parts]) * 2
+    tolerance = 1e-5 if dtype is torch.float32 or not is_scored else 1e-2
+    for expert in (0, 2, 3, 4, 5):
+        assert relative_to_diagonal(total.sum_EII[expert], truth[expert]) < tolerance
+    assert total.sum_EII[1].abs().max() == 0
+    assert total.evidence.tokens_E.tolist() == [2 * count for count in counts]
+
+
 def test_bf16_inputs_leave_the_matmul_precision_as_it_was() -> None:
     before = torch.get_float32_matmul_precision()
     total = HessianSum(1, SIZE, 1.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.models.spec import AttentionSpec, QKNorm, RopeKind, RopeSpec, Source
+from alphaquant.numerics import bf16_products
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from alphaquant.models.tap import Tap
 
 __all__ = ["KeyValueCache", "attention", "rms_norm", "rope_tables"]
+
+_QUERIES = 128  # queries of a block
+_SCORES = 1 << 19  # scores alive together: they stay in a core's cache
 
 
 class KeyValueCache:
@@ -72,7 +76,11 @@ def rope_tables(spec: RopeSpec, head_dim: int, positions_L: Tensor) -> tuple[Ten
 
 def _rotate(x_BHLC: Tensor, cos_LC: Tensor, sin_LC: Tensor) -> Tensor:
     first, second = x_BHLC.chunk(2, -1)
-    return x_BHLC * cos_LC + torch.cat([-second, first], -1) * sin_LC
+    out = x_BHLC * cos_LC
+    half = x_BHLC.shape[-1] // 2
+    out[..., :half].addcmul_(second, sin_LC[:, :half], value=-1)
+    out[..., half:].addcmul_(first, sin_LC[:, half:])
+    return out
 
 
 def _causal_mask(query_len: int, key_len: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -83,6 +91,48 @@ def _causal_mask(query_len: int, key_len: int, window: int | None, device: torch
     key = torch.arange(key_len, device=device)[None]
     mask = key <= query
     return mask if window is None else mask & (key > query - window)
+
+
+def _scaled_dot_product(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, window: int | None) -> Tensor:
+    """Causal attention; the last query sees the last key."""
+    blocked = q_BHLC.device.type == "cpu" and q_BHLC.dtype is torch.bfloat16 and not torch.is_grad_enabled()
+    if blocked and q_BHLC.shape[2] == k_BKLC.shape[2]:
+        return _blocked_attention(q_BHLC, k_BKLC, v_BKLC, window)
+    mask = _causal_mask(q_BHLC.shape[2], k_BKLC.shape[2], window, q_BHLC.device)
+    grouped = q_BHLC.shape[1] != k_BKLC.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHLC, k_BKLC, v_BKLC, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
+
+
+def _blocked_attention(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, window: int | None) -> Tensor:
+    """The same in bf16 on a CPU, twice as fast: block by block of queries over the keys they may see.
+
+    Scores are fp32 sums of bf16 products, probabilities are rounded to bf16, as in the library's own kernel.
+    """
+    num_sequences, num_heads, length, channels = q_BHLC.shape
+    repeats = num_heads // k_BKLC.shape[1]
+    step = max(1, _SCORES // (num_heads * _QUERIES * length))
+    out_BHLC = torch.empty_like(q_BHLC)
+    hidden = torch.full((_QUERIES, _QUERIES), -torch.inf).triu(1)
+    for cut in range(0, num_sequences, step):
+        part = slice(cut, cut + step)
+        q = q_BHLC[part].float().mul_(channels**-0.5)
+        k, v = k_BKLC[part].float(), v_BKLC[part]
+        if repeats > 1:
+            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+        k = k.transpose(2, 3)
+        for start in range(0, length, _QUERIES):
+            end = min(start + _QUERIES, length)
+            first = 0 if window is None else max(0, start - window + 1)
+            with bf16_products(q_BHLC):
+                scores = torch.matmul(q[:, :, start:end], k[..., first:end])
+            scores[..., start - first :].add_(hidden[: end - start, : end - start])
+            if window is not None and end - first > window:
+                query, key = torch.arange(start, end)[:, None], torch.arange(first, end)[None]
+                scores.masked_fill_(key <= query - window, -torch.inf)
+            torch.matmul(scores.softmax(-1).bfloat16(), v[:, :, first:end], out=out_BHLC[part, :, start:end])
+    return out_BHLC
 
 
 def attention(
@@ -118,9 +168,7 @@ def attention(
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     if cache is not None:
         k, v = cache.append(k, v)
-    mask = _causal_mask(q.shape[2], k.shape[2], spec.sliding_window, q.device)
-    grouped = spec.num_kv_heads != spec.num_heads
-    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    context = _scaled_dot_product(q, k, v, spec.sliding_window)
     context_BLD = context.transpose(1, 2).flatten(2)
     if tap is not None:
         tap(Source.ATTENTION_OUT, context_BLD)

@@ -3,8 +3,8 @@
 from alphaquant.pipeline.convert import export_checkpoint, save_single_file
 from alphaquant.pipeline.evaluate import evaluate_checkpoint, load
 from alphaquant.pipeline.records import KindSummary, LayerRecord, ModuleRecord, RoutingRecord
-from alphaquant.pipeline.run import Calibration, Prepared, QuantizeResult, prepare, quantize_checkpoint
-from alphaquant.pipeline.rundir import FOLDER, check_output
+from alphaquant.pipeline.run import Calibration, Prepared, QuantizeResult, planned_layout, prepare, quantize_checkpoint
+from alphaquant.pipeline.rundir import FOLDER, check_output, check_writable
 from alphaquant.pipeline.size import KindSize, plan_sizes
 from alphaquant.pipeline.stream import Progress
 
@@ -20,10 +20,12 @@ __all__ = [
     "QuantizeResult",
     "RoutingRecord",
     "check_output",
+    "check_writable",
     "evaluate_checkpoint",
     "export_checkpoint",
     "load",
     "plan_sizes",
+    "planned_layout",
     "prepare",
     "quantize_checkpoint",
     "save_single_file",

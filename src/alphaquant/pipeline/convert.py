@@ -34,7 +34,8 @@ def pick_layout(
     """The layout of that name, checked against the plan; the most widely served one for None.
 
     Raises:
-        PlanError: the layout cannot hold a scheme of the plan.
+        OutputError: that layout cannot hold a scheme of the plan.
+        PlanError: none can.
     """
     if name is None:
         return choose_layout(schemes, shapes)
@@ -138,6 +139,7 @@ def save_single_file(source: Path, path: Path, *, remove_source: bool = False) -
     """
     part = path.with_name(f".{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(_single_file_content(source), part)
         part.replace(path)
     except (OSError, RuntimeError) as error:

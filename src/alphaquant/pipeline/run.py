@@ -35,7 +35,15 @@ if TYPE_CHECKING:
     from alphaquant.plan import Plan, ResolvedPlan
     from alphaquant.solver import Recipe
 
-__all__ = ["Calibration", "Prepared", "QuantizeResult", "compute_dtype", "prepare", "quantize_checkpoint"]
+__all__ = [
+    "Calibration",
+    "Prepared",
+    "QuantizeResult",
+    "compute_dtype",
+    "planned_layout",
+    "prepare",
+    "quantize_checkpoint",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,7 @@ def prepare(model: Path, plan: Plan) -> Prepared:
         CheckpointError, ConfigError, PlanError: what is wrong, before anything is computed.
     """
     checkpoint = Checkpoint.open(model)
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.config.get("quantization_config") is not None:
         raise CheckpointError(
             f"{model} is quantized already", where="config.json, quantization_config", remedy="give the original model"
         )
@@ -87,6 +95,16 @@ def prepare(model: Path, plan: Plan) -> Prepared:
     check_tensors(checkpoint, spec)
     scale_dtype = torch.float16 if spec.dtype is torch.float16 else torch.bfloat16
     return Prepared(checkpoint, spec, plan, plan.resolve(list(spec.modules()), scale_dtype=scale_dtype))
+
+
+def planned_layout(prepared: Prepared, name: str | None) -> Layout:
+    """The layout of that name, checked against the plan; the most widely served one for None.
+
+    Raises:
+        OutputError, PlanError: it cannot hold a scheme of the plan.
+    """
+    shapes = {m.name: (m.out_features, m.in_features) for m in prepared.spec.modules()}
+    return pick_layout(name, prepared.spec, prepared.schemes, shapes)
 
 
 def compute_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
@@ -132,8 +150,7 @@ def quantize_checkpoint(
     checkpoint, spec, schemes = prepared.checkpoint, prepared.spec, prepared.schemes
     device = torch.device(device)
     check_output(out, checkpoint.path, overwrite=overwrite)
-    shapes = {m.name: (m.out_features, m.in_features) for m in spec.modules()}
-    chosen = pick_layout(layout, spec, schemes, shapes)
+    chosen = planned_layout(prepared, layout)
     clock, begin = Clock(), time.perf_counter()
     tokens: TokenBatch | None = None
     if calibration is not None:

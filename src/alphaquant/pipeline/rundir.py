@@ -67,10 +67,13 @@ def check_writable(path: Path) -> None:
     Raises:
         OutputError: names the directory that is in the way.
     """
-    target = path.resolve()
-    parent = next(p for p in target.parents if p.exists())
-    why = "is no directory" if not parent.is_dir() else "may not be written to"
+    try:
+        parent = next(p for p in path.resolve().parents if p.exists())
+        path.exists()
+    except OSError as error:  # a name too long, a loop of links
+        raise OutputError(f"{path} cannot be written: {error.strerror}", remedy="choose another output") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "may not be written to" if parent.is_dir() else "is no directory"
         raise OutputError(f"{path} cannot be written: {parent} {why}", remedy="choose another output")
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from alphaquant.numerics import bf16_products
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -108,17 +110,11 @@ def _add_gram(sum_II: Tensor, x_RI: Tensor, weight_R: Tensor | None) -> None:
     for each new number of rows, which costs more than the zeros.
     """
     num_rows, in_features = x_RI.shape
-    rows_RI = torch.zeros(-(-num_rows // _ROWS) * _ROWS, in_features, device=x_RI.device)
+    rows_RI = torch.empty(-(-num_rows // _ROWS) * _ROWS, in_features, device=x_RI.device)
+    rows_RI[num_rows:] = 0
     if weight_R is None:
         rows_RI[:num_rows] = x_RI
     else:
         torch.mul(x_RI, weight_R.sqrt()[:, None], out=rows_RI[:num_rows])
-    if x_RI.dtype is not torch.bfloat16 or x_RI.device.type != "cpu":
+    with bf16_products(x_RI):
         sum_II.addmm_(rows_RI.T, rows_RI)
-        return
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        sum_II.addmm_(rows_RI.T, rows_RI)
-    finally:
-        torch.set_float32_matmul_precision(before)
