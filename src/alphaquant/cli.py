@@ -327,7 +327,7 @@ def demo(
     with progress_bar("demo", quiet=quiet) as progress:
         result = run_demo(output, overwrite=overwrite, progress=progress)
     print_result(result.report)
-    print_comparison(result.original, {"round to nearest": result.rounded, "GPTQ": result.quantized})
+    print_comparison(result.original, {"round to nearest, absmax": result.rounded, "GPTQ": result.quantized})
     for path in (output, *result.files):
         out.print(f"written to {path}", soft_wrap=True)
 

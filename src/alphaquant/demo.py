@@ -25,7 +25,7 @@ _WINDOWS = 200
 
 
 class DemoResult(NamedTuple):
-    """Quality of the original, of rounding and of GPTQ, the run's report, and the report's files."""
+    """Quality of the original, of rounding with absmax scales and of GPTQ, the run's report, and the files of it."""
 
     original: float
     rounded: Quality
@@ -63,7 +63,7 @@ def run_demo(out: Path, *, overwrite: bool, progress: Progress) -> DemoResult:
         _, rounded = quantize(Path(scratch) / "rtn", Recipe(method=Method.RTN, effort=Effort.FAST))
         report, quantized = quantize(out, Recipe())
         notes = []
-        for name, quality in (("round-to-nearest", rounded), ("GPTQ", quantized)):
+        for name, quality in (("GPTQ", quantized), ("round-to-nearest", rounded)):
             facts = asdict(quality)
             path = out / FOLDER / "quality" / f"{name}.json"
             path.parent.mkdir(exist_ok=True)

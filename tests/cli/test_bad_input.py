@@ -114,15 +114,20 @@ CHECKPOINTS = {
 }
 
 
+# Their messages say what is expected, but not yet what to do.
+WITHOUT_REMEDY = ("missing layer", "unknown activation", "too many experts")
+
+
 @pytest.mark.parametrize("fault", CHECKPOINTS)
 def test_broken_checkpoints(fails, model, tmp_path, text, fault):
     damage, says = CHECKPOINTS[fault]
     damage(model)
-    fails("quantize", model, *INT4, "--calib", text, "-o", tmp_path / "out", says=says)
-    fails("inspect", model, says=says)
-    fails("plan", model, *INT4, says=says)
+    expected = {"says": says, "remedy": fault not in WITHOUT_REMEDY}
+    fails("quantize", model, *INT4, "--calib", text, "-o", tmp_path / "out", **expected)
+    fails("inspect", model, **expected)
+    fails("plan", model, *INT4, **expected)
     if fault != "quantized already":
-        fails("eval", model, "--data", text, says=says)
+        fails("eval", model, "--data", text, **expected)
     assert not (tmp_path / "out").exists()
 
 

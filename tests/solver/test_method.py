@@ -14,6 +14,7 @@ from alphaquant.solver import (
     Method,
     Outcome,
     Recipe,
+    Solution,
     absmax_scales,
     damp,
     factorize,
@@ -51,6 +52,21 @@ def stack(experts: int = EXPERTS, rows: int = ROWS, columns: int = COLUMNS) -> t
         oracle.hessians(experts, columns),
         torch.full((experts,), ENOUGH, dtype=torch.float64),
     )
+
+
+def best_rounding(w: Tensor, scheme: Scheme, importance: Tensor, h: Tensor) -> Solution:
+    """Row by row the better of absmax scales and searched ones; the search must win to be taken."""
+    absmax = round_to_nearest(w, scheme, absmax_scales(w, scheme), h)
+    searched = round_to_nearest(w, scheme, search_scales(w, scheme, importance), h)
+    codes, scale = absmax.quantized.codes.clone(), absmax.quantized.scale.clone()
+    loss = absmax.loss_EO.clone()
+    for expert in range(w.shape[0]):
+        for row in range(w.shape[1]):
+            if searched.loss_EO[expert, row] < absmax.loss_EO[expert, row]:
+                codes[expert, row] = searched.quantized.codes[expert, row]
+                scale[expert, row] = searched.quantized.scale[expert, row]
+                loss[expert, row] = searched.loss_EO[expert, row]
+    return Solution(replace(absmax.quantized, codes=codes, scale=scale), loss)
 
 
 TOKENS = (None, 0, 16, 1, 15)  # plenty, none, just enough (a quarter of the inputs), one, too few
@@ -131,10 +147,9 @@ def test_starved_experts_are_rounded_and_recorded(scheme: Scheme, effort: Effort
         one = slice(expert, expert + 1)
         trusted = damp(h[one], 0.2 * COLUMNS / effective[one].clamp_min(1).float())
         importance = trusted.diagonal(dim1=1, dim2=2)
-        scales = absmax_scales(w[one], scheme)
+        plain = round_to_nearest(w[one], scheme, absmax_scales(w[one], scheme), trusted)
         if effort is not Effort.FAST:
-            scales = search_scales(w[one], scheme, importance)
-        plain = round_to_nearest(w[one], scheme, scales, trusted)
+            plain = best_rounding(w[one], scheme, importance, trusted)
         assert outcome.quantized.codes[one].equal(plain.quantized.codes)
         assert outcome.quantized.scale[one].equal(plain.quantized.scale)
         torch.testing.assert_close(outcome.loss_EO[one], plain.loss_EO)
@@ -210,7 +225,11 @@ def test_plain_rounding_needs_no_calibration_and_is_no_fallback(scheme: Scheme) 
     assert chosen.damping_E.tolist() == [0] * EXPERTS
     damped = damp(h, torch.full((EXPERTS,), 0.1 * COLUMNS / ENOUGH))
     scales = search_scales(w, scheme, damped.diagonal(dim1=1, dim2=2))
-    assert chosen.quantized.codes.equal(round_to_nearest(w, scheme, scales).quantized.codes)
+    expected = best_rounding(w, scheme, damped.diagonal(dim1=1, dim2=2), damped)
+    assert chosen.quantized.codes.equal(expected.quantized.codes)
+    searched = round_to_nearest(w, scheme, scales, damped).loss_EO
+    assert (chosen.loss_EO <= searched).all()
+    assert (chosen.loss_EO <= round_to_nearest(w, scheme, absmax_scales(w, scheme), damped).loss_EO).all()
     torch.testing.assert_close(chosen.loss_EO, hessian_loss(w - dequantize(chosen.quantized), damped))
 
 

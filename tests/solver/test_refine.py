@@ -176,7 +176,7 @@ def test_a_batch_is_the_experts_one_by_one(scheme: Scheme) -> None:
         alone = refine(w[one], h[one], rounded(w[one], h[one], scheme), rounds=2, sweeps=1)
         for a, b in zip(tensors_of(alone.quantized), tensors_of(together.quantized), strict=True):
             assert a.equal(b[one])
-        assert alone.loss_EO.equal(together.loss_EO[one])
+        torch.testing.assert_close(alone.loss_EO, together.loss_EO[one], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("columns", [16, 40, 72])

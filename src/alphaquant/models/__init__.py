@@ -4,7 +4,7 @@ from alphaquant.models.decoder import Decoder, LayerWeights, attention_half, hea
 from alphaquant.models.families import FAMILIES, detect
 from alphaquant.models.spec import MLPSpec, ModelSpec, MoESpec, Parameter, Source
 from alphaquant.models.tap import Routing, Tap
-from alphaquant.models.weights import TensorSource, check_tensors, load_decoder, read_layer, read_outer
+from alphaquant.models.weights import TensorSource, check_tensors, load_decoder, read_layer, read_outer, unfused
 
 __all__ = [
     "FAMILIES",
@@ -28,4 +28,5 @@ __all__ = [
     "read_layer",
     "read_outer",
     "rope_for",
+    "unfused",
 ]

@@ -32,11 +32,13 @@ class Choice(NamedTuple):
 
 
 def route(x_TD: Tensor, router_ED: Tensor, spec: MoESpec) -> Choice:
-    """Softmax over all experts in fp32, then top-k, renormalised only where the model says so."""
+    """Softmax over all experts in fp32, then top-k, renormalised and scaled only where the model says so."""
     probs_TE = F.linear(x_TD, router_ED).float().softmax(-1)
     score_TK, topk_ids_TK = probs_TE.topk(spec.top_k, -1)
     if spec.normalize_top_k:
         score_TK = score_TK / score_TK.sum(-1, keepdim=True)
+    if spec.routed_scaling != 1.0:
+        score_TK = score_TK * spec.routed_scaling
     return Choice(topk_ids_TK, score_TK)
 
 

@@ -97,12 +97,16 @@ class MLPSpec:
 
 @dataclass(frozen=True, slots=True)
 class MoESpec:
-    """Routed experts with softmax top-k scores, and shared experts where `shared` is set."""
+    """Routed experts with softmax top-k scores, and shared experts where `shared` is set.
+
+    `routed_scaling` multiplies the scores, after they were renormalised where they are.
+    """
 
     num_experts: int
     top_k: int
     intermediate_size: int
     normalize_top_k: bool
+    routed_scaling: float = 1.0
     shared: MLPSpec | None = None
     shared_gate: bool = False
 

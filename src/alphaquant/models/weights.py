@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,12 +12,21 @@ from alphaquant.errors import CheckpointError, NumericsError
 from alphaquant.models.decoder import Decoder, LayerWeights
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from alphaquant.models.spec import ModelSpec, Parameter
 
-__all__ = ["TensorSource", "check_tensors", "load_decoder", "read_layer", "read_outer"]
+__all__ = ["TensorSource", "check_tensors", "load_decoder", "read_layer", "read_outer", "unfused"]
 
 # buffers that old checkpoints carry and that follow from the config
 _KNOWN_BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+# projections that share a fused tensor, in its order
+_FUSED = {
+    "gate_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
 
 
 class TensorSource(Protocol):
@@ -31,6 +40,87 @@ class TensorSource(Protocol):
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Read one tensor into `out`, cast to its dtype."""
+
+
+class _Part(NamedTuple):
+    """Where a logical tensor lies: in which stored one, and as which rows of which expert of it."""
+
+    whole: str
+    expert: int | None = None
+    rows: slice = slice(None)
+
+
+class _Unfused:
+    """A source under the family's names, over one that fuses experts; see `unfused`.
+
+    Experts that follow one another are cut from one reading of the fused tensor, which is kept until another is read.
+    """
+
+    def __init__(self, source: TensorSource, parts: Mapping[str, _Part], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._source, self._parts, self._shapes = source, parts, shapes
+        self._kept: tuple[str, Tensor] | None = None
+
+    def names(self) -> tuple[str, ...]:
+        fused = {part.whole for part in self._parts.values()}
+        return tuple(sorted({*self._source.names(), *self._parts} - fused))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name] if name in self._shapes else self._source.shape(name)
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        whole, expert, rows = self._parts.get(name, _Part(name))
+        if expert is None:
+            self._source.read_into(whole, out)
+            return
+        if self._kept is None or self._kept[0] != whole or self._kept[1].dtype != out.dtype:
+            self._kept = None  # before the next is made, so that two never lie in memory
+            self._kept = (whole, torch.empty(self._source.shape(whole), dtype=out.dtype))
+            self._source.read_into(*self._kept)
+        out.copy_(self._kept[1][expert, rows])
+
+
+def unfused(source: TensorSource, spec: ModelSpec) -> TensorSource:
+    """The source under the family's names; itself where it has them already.
+
+    Transformers 5 keeps the experts of a layer in `mlp.experts.gate_up_proj` `[E, 2F, D]`, gate first, and
+    `mlp.experts.down_proj` `[E, D, F]`, without a leaf, and everything beside them under canonical names.
+
+    Raises:
+        CheckpointError: names a fused tensor of another shape.
+    """
+    found, parts, shapes = set(source.names()), dict[str, _Part](), dict[str, tuple[int, ...]]()
+    for layer in range(spec.num_layers):
+        for parameter in spec.parameters(layer):
+            names = spec.tensor_names(layer, parameter)
+            if found.issuperset(names):
+                continue
+            alias = f"model.layers.{layer}.{parameter.role}"
+            if parameter.num_experts is None:
+                if f"{alias}.{parameter.leaf}" in found:
+                    parts[names[0]] = _Part(f"{alias}.{parameter.leaf}")
+                    shapes[names[0]] = source.shape(f"{alias}.{parameter.leaf}")
+                continue
+            module, projection = alias.replace(".*", "").rsplit(".", 1)
+            order = _FUSED[projection]
+            whole = f"{module}.{'_'.join(name.removesuffix('_proj') for name in order)}_proj"
+            if whole not in found:
+                continue
+            out_features, in_features = parameter.shape
+            _check_fused(source, whole, (parameter.num_experts, len(order) * out_features, in_features))
+            start = order.index(projection) * out_features
+            rows = slice(start, start + out_features)
+            parts |= {name: _Part(whole, expert, rows) for expert, name in enumerate(names)}
+            shapes |= dict.fromkeys(names, parameter.shape)
+    return _Unfused(source, parts, shapes) if parts else source
+
+
+def _check_fused(source: TensorSource, name: str, expected: tuple[int, ...]) -> None:
+    shape = source.shape(name)
+    if shape != expected:
+        raise CheckpointError(
+            f"{name} has shape {list(shape)}; config.json implies {list(expected)}: experts, outputs, inputs",
+            remedy="check that config.json belongs to these weights, and that they are not transposed",
+        )
 
 
 def check_tensors(source: TensorSource, spec: ModelSpec) -> None:
@@ -115,8 +205,9 @@ def read_outer(
 def load_decoder(
     source: TensorSource, spec: ModelSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """The whole model in memory."""
+    """The whole model in memory, from experts that are stored one by one or fused."""
     dtype = spec.dtype if dtype is None else dtype
+    source = unfused(source, spec)
     check_tensors(source, spec)
     layers = [read_layer(source, spec, index, dtype, device) for index in range(spec.num_layers)]
     return Decoder(spec, read_outer(source, spec, dtype, device), layers)

@@ -182,6 +182,7 @@ def quantize_checkpoint(
             write(run, layer_names[layer], result)
             run.write_note(f"records/layer-{layer:05d}.json", result.record.to_dict())
             records.append(result.record)
+            del result  # its codes would lie beside the next layer's
         head = quantizer.head(outer, x_NLD)
         ends = QuantizedLayer(
             embedding.quantized | head.quantized,

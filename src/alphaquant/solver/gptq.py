@@ -6,7 +6,7 @@ that a column of all experts is contiguous.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from alphaquant.solver.factor import Factor
     from alphaquant.solver.scales import Scales
 
-__all__ = ["Columns", "Solution", "solve"]
+__all__ = ["Columns", "Solution", "better_rows", "encode_grouped", "solve"]
 
 _LEAF = 16
 
@@ -31,6 +31,22 @@ class Solution:
 
     quantized: QuantizedTensor
     loss_EO: Tensor
+
+
+def better_rows(old: Solution, new: Solution) -> Solution:
+    """Row by row the solution of lower loss; both must have the same scheme."""
+    better = new.loss_EO < old.loss_EO
+    rows = better[..., None]
+    zero = None
+    if old.quantized.zero is not None and new.quantized.zero is not None:
+        zero = torch.where(rows, new.quantized.zero, old.quantized.zero)
+    quantized = replace(
+        new.quantized,
+        codes=torch.where(rows, new.quantized.codes, old.quantized.codes),
+        scale=torch.where(rows, new.quantized.scale, old.quantized.scale),
+        zero=zero,
+    )
+    return Solution(quantized, torch.where(better, new.loss_EO, old.loss_EO))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ import torch
 
 from alphaquant.formats import ScaleKind, matrix_scale
 from alphaquant.solver.factor import Factor, damp, factorize
-from alphaquant.solver.gptq import Solution, solve
+from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.refine import refine
 from alphaquant.solver.rtn import hessian_loss, round_to_nearest
 from alphaquant.solver.scales import absmax_scales, search_scales
@@ -170,17 +170,17 @@ def _solve_rows(
     recipe: Recipe,
     global_scale_E: Tensor | None,
 ) -> Solution:
-    search = recipe.effort is not Effort.FAST
+    start = absmax_scales(w_EOI, scheme, global_scale_E)
+    fast = recipe.effort is Effort.FAST
     if factor is None or damped_EII is None:
+        rounded = round_to_nearest(w_EOI, scheme, start, damped_EII)
+        if fast:
+            return rounded
         importance_EI = None if damped_EII is None else damped_EII.diagonal(dim1=1, dim2=2)
-        scales = (
-            search_scales(w_EOI, scheme, importance_EI, global_scale_E)
-            if search
-            else absmax_scales(w_EOI, scheme, global_scale_E)
-        )
-        return round_to_nearest(w_EOI, scheme, scales, damped_EII)
-    choose = search_scales if search else absmax_scales
-    scales = choose(w_EOI, scheme, global_scale_E=global_scale_E)
+        scales = search_scales(w_EOI, scheme, importance_EI, global_scale_E)
+        # errors of correlated inputs add up: the search sees single columns, so it may lose to where it began
+        return better_rows(rounded, round_to_nearest(w_EOI, scheme, scales, damped_EII))
+    scales = start if fast else search_scales(w_EOI, scheme, global_scale_E=global_scale_E)
     solution = solve(w_EOI, factor, scheme, scales, recipe.block_size)
     rounds, sweeps = _REFINEMENT[recipe.effort]
     return refine(w_EOI, damped_EII, solution, rounds=rounds, sweeps=sweeps) if rounds else solution

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alphaquant.formats import ScaleKind, decode, dequantize, round_scale
-from alphaquant.solver.gptq import Columns, Solution, encode_grouped
+from alphaquant.solver.gptq import Columns, Solution, better_rows, encode_grouped
 from alphaquant.solver.rtn import hessian_loss
 from alphaquant.solver.scales import Scales
 
@@ -46,28 +46,13 @@ def refine(w_EOI: Tensor, h_EII: Tensor, solution: Solution, *, rounds: int, swe
             quantized = _refit_scales(w_EOI, h_EII, quantized)
         for _ in range(sweeps):
             quantized = _descend(w_EOI, h_EII, quantized)
-        best = _keep_better(best, Solution(quantized, _loss(w_EOI, quantized, h_EII)))
+        best = better_rows(best, Solution(quantized, _loss(w_EOI, quantized, h_EII)))
         quantized = best.quantized
     return best
 
 
 def _loss(w_EOI: Tensor, quantized: QuantizedTensor, h_EII: Tensor) -> Tensor:
     return hessian_loss(w_EOI - dequantize(quantized), h_EII)
-
-
-def _keep_better(old: Solution, new: Solution) -> Solution:
-    better = new.loss_EO < old.loss_EO
-    rows = better[..., None]
-    zero = None
-    if old.quantized.zero is not None and new.quantized.zero is not None:
-        zero = torch.where(rows, new.quantized.zero, old.quantized.zero)
-    quantized = replace(
-        new.quantized,
-        codes=torch.where(rows, new.quantized.codes, old.quantized.codes),
-        scale=torch.where(rows, new.quantized.scale, old.quantized.scale),
-        zero=zero,
-    )
-    return Solution(quantized, torch.where(better, new.loss_EO, old.loss_EO))
 
 
 def _descend(w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor) -> QuantizedTensor:
@@ -93,7 +78,7 @@ def _descend(w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor) -> Quanti
             value_EIO[:, j], q_EIO[:, j] = value, new
             if j + 1 < end:
                 local_EBO[:, j - start + 1 :].addcmul_(h_EII[:, j, j + 1 : end, None], step[:, None])
-        gradient_EIO.baddbmm_(h_EII[:, :, start:end], moved_EBO)
+        gradient_EIO[:, end:].baddbmm_(h_EII[:, end:, start:end], moved_EBO)
     codes = encode_grouped(value_EIO.transpose(1, 2).contiguous(), quantized.zero, scheme)
     return replace(quantized, codes=codes)
 

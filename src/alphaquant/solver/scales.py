@@ -111,8 +111,10 @@ def _candidates(w_OGN: Tensor, start: Scales, scheme: Scheme) -> Iterator[tuple[
         for factor in _grid(0.6, 1.6, 24):
             yield round_scale(start.scale * factor, scheme), None
         return
-    factors = _grid(0.3 if fmt.bits == 2 else 0.4, 1.05, 32)
-    if scheme.symmetric or fmt.kind is ElementKind.FLOAT:
+    # a float grid repeats itself every power of two; an integer grid only gains by clipping
+    least = 0.3 if fmt.bits == 2 else 0.4
+    factors = _grid(0.6, 2.0, 40) if fmt.kind is ElementKind.FLOAT else _grid(least, 1.05, 32)
+    if scheme.symmetric:
         for factor in factors:
             yield round_scale(start.scale * factor, scheme), None
         return
