@@ -68,15 +68,16 @@ class _Unfused:
         return self._shapes[name] if name in self._shapes else self._source.shape(name)
 
     def read_into(self, name: str, out: Tensor) -> None:
-        whole, expert, rows = self._parts.get(name, _Part(name))
-        if expert is None:
-            self._source.read_into(whole, out)
+        part = self._parts.get(name) or _Part(name)
+        if part.expert is None:
+            self._source.read_into(part.whole, out)
             return
-        if self._kept is None or self._kept[0] != whole or self._kept[1].dtype != out.dtype:
+        if self._kept is None or self._kept[0] != part.whole or self._kept[1].dtype != out.dtype:
             self._kept = None  # before the next is made, so that two never lie in memory
-            self._kept = (whole, torch.empty(self._source.shape(whole), dtype=out.dtype))
-            self._source.read_into(*self._kept)
-        out.copy_(self._kept[1][expert, rows])
+            whole_EOI = torch.empty(self._source.shape(part.whole), dtype=out.dtype)
+            self._source.read_into(part.whole, whole_EOI)
+            self._kept = (part.whole, whole_EOI)
+        out.copy_(self._kept[1][part.expert, part.rows])
 
 
 def unfused(source: TensorSource, spec: ModelSpec) -> TensorSource:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,8 +29,6 @@ from alphaquant.pipeline.run import compute_dtype
 from alphaquant.pipeline.stream import Progress, attend, chunks, embed, feed, silent
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from alphaquant.models import LayerWeights
@@ -40,7 +39,7 @@ _HEAD_TOKENS = 1024  # tokens whose logits are alive together
 _MAX_NATS = 500.0  # whose exponential is a number still; guessing among a million tokens is 14
 
 
-def load(path: Path, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Decoder:
+def load(path: str | Path, *, dtype: str = "auto", device: torch.device | str = "cpu") -> Decoder:
     """A checkpoint directory, original or quantized by us, as a model in memory that computes and generates.
 
     Args:
@@ -51,7 +50,7 @@ def load(path: Path, *, dtype: str = "auto", device: torch.device | str = "cpu")
     Raises:
         CheckpointError, ConfigError: the directory is not a checkpoint of a known family.
     """
-    source, spec = _open(path)
+    source, spec = _open(Path(path))
     return load_decoder(source, spec, compute_dtype(dtype, spec, torch.device(device)), device)
 
 

@@ -1,0 +1,272 @@
+"""Published models: their sizes, the plans that ship with the project, and faults in a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from alphaquant.errors import ConfigError, PlanError
+from alphaquant.models import FAMILIES, MLPSpec, ModelSpec, MoESpec, detect
+from alphaquant.plan import ModuleKind, Plan
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def moe_of(spec: ModelSpec, layer: int) -> MoESpec:
+    mlp = spec.layers[layer].mlp
+    assert isinstance(mlp, MoESpec)
+    return mlp
+
+
+# --- Published models -----------------------------------------------------------------------------------------------
+
+
+class Published(NamedTuple):
+    """A model as its config.json describes it, with the number of parameters that its makers tell."""
+
+    architecture: str
+    num_parameters: int
+    config: dict[str, Any]
+
+
+def published(architecture: str, num_parameters: int, **config: Any) -> Published:
+    common = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}
+    return Published(architecture, num_parameters, common | config)
+
+
+def decoder(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+    }
+
+
+PUBLISHED = {
+    "olmoe": published(
+        "olmoe",
+        6_919_161_856,
+        **decoder(2048, 1024, 16, 16, 16, 50304),
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+    ),
+    "mixtral": published(
+        "mixtral",
+        46_702_792_704,
+        **decoder(4096, 14336, 32, 32, 8, 32000),
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=None,
+    ),
+    "qwen2_moe": published(
+        "qwen",
+        14_315_784_192,
+        **decoder(2048, 5632, 24, 16, 16, 151936),
+        num_experts=60,
+        num_experts_per_tok=4,
+        moe_intermediate_size=1408,
+        shared_expert_intermediate_size=5632,
+        use_sliding_window=False,
+        sliding_window=32768,
+        max_window_layers=21,
+    ),
+    "qwen3_moe": published(
+        "qwen",
+        30_532_122_624,
+        **decoder(2048, 6144, 48, 32, 4, 151936),
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        head_dim=128,
+        mlp_only_layers=[],
+        norm_topk_prob=True,
+    ),
+    "deepseek": published(
+        "deepseek",
+        16_375_728_128,
+        **decoder(2048, 10944, 28, 16, 16, 102400),
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1408,
+        first_k_dense_replace=1,
+        rope_scaling=None,
+    ),
+    "llama": published("standard", 8_030_261_248, **decoder(4096, 14336, 32, 32, 8, 128256)),
+    "mistral": published("standard", 7_241_732_096, **decoder(4096, 14336, 32, 32, 8, 32000)),
+    "qwen2": published("standard", 494_032_768, **decoder(896, 4864, 24, 14, 2, 151936), tie_word_embeddings=True),
+    "qwen3": published("standard", 596_049_920, **decoder(1024, 3072, 28, 16, 8, 151936), tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def known(request: pytest.FixtureRequest) -> tuple[str, ModelSpec]:
+    assert request.param in PUBLISHED, f"add a published model of the family {request.param}"
+    return request.param, detect(PUBLISHED[request.param].config | {"model_type": request.param})
+
+
+def test_published_models_have_the_size_that_is_told(known: tuple[str, ModelSpec]) -> None:
+    family, spec = known
+    assert spec.architecture == PUBLISHED[family].architecture == FAMILIES[family].architecture
+    parameters = [p for layer in range(spec.num_layers) for p in spec.parameters(layer)]
+    total = 0
+    for parameter in (*parameters, *spec.outer_parameters()):
+        total += (parameter.num_experts or 1) * torch.Size(parameter.shape).numel()
+    assert total == PUBLISHED[family].num_parameters
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.json")))
+def test_the_configs_resolve_on_every_family(known: tuple[str, ModelSpec], config: str) -> None:
+    family, spec = known
+    plan, modules = Plan.load(CONFIGS / config), list(spec.modules())
+    if (family, config) == ("deepseek", "gptq_example.json"):
+        with pytest.raises(PlanError, match="group size 128 does not divide the 10944 inputs") as caught:
+            plan.resolve(modules)
+        assert "64" in (caught.value.remedy or "")
+        return
+    schemes = plan.resolve(modules).schemes
+    by_kind: dict[ModuleKind, set[str]] = {kind: set() for kind in ModuleKind}
+    for module in modules:
+        scheme = schemes[module.name]
+        by_kind[module.kind].add("none" if scheme is None else scheme.format.name)
+    expected = {
+        "gptq_example.json": ({"int4"}, {"int4"}, {"int4"}, {"int4"}),
+        "gptq_olmoe_mixed.json": ({"mxfp6"}, {"int4", "mxfp4"}, {"int4"}, {"int4"}),
+        "gptq_mixed_precision.json": ({"int8", "mxfp6"}, {"int4", "int3"}, {"fp8"}, {"int4"}),
+    }[config]
+    kinds = (ModuleKind.ATTENTION, ModuleKind.EXPERT, ModuleKind.SHARED_EXPERT, ModuleKind.MLP)
+    for kind, formats in zip(kinds, expected, strict=True):
+        if family == "deepseek" and kind is ModuleKind.EXPERT and config == "gptq_olmoe_mixed.json":
+            formats = {"mxfp4"}  # noqa: PLW2901  (its first layer is dense)
+        assert by_kind[kind] in (formats, set()), kind
+    has_experts = isinstance(spec.layers[-1].mlp, MoESpec)
+    assert bool(by_kind[ModuleKind.EXPERT]) == has_experts
+    assert bool(by_kind[ModuleKind.SHARED_EXPERT]) == (family in ("qwen2_moe", "deepseek"))
+    for kind in (ModuleKind.ROUTER, ModuleKind.SHARED_EXPERT_GATE, ModuleKind.NORM, ModuleKind.HEAD):
+        assert by_kind[kind] <= {"none"}
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern", "expected"),
+    [
+        ("mixtral", "*.block_sparse_moe.experts.3.w2", 32),
+        ("mixtral", "model.layers.0.mlp.experts.*.gate_proj", 8),
+        ("deepseek", "*.mlp.shared_experts.up_proj", 27),
+        ("deepseek", "*.mlp.shared_expert.up_proj", 27),
+    ],
+)
+def test_native_names_and_aliases_reach_the_same_modules(family: str, pattern: str, expected: int) -> None:
+    spec = detect(PUBLISHED[family].config | {"model_type": family})
+    plan = Plan.from_dict(
+        {"default": {"wq": "bf16"}, "overrides": [{"pattern": pattern, "wq": "int4", "group_size": 64}]}
+    )
+    resolved = plan.resolve(list(spec.modules()))
+    assert sum(scheme is not None for scheme in resolved.schemes.values()) == expected
+    assert not resolved.warnings
+
+
+def test_patterns_of_other_families_are_a_warning() -> None:
+    for family, pattern in (("olmoe", "*.mlp.shared_experts.*"), ("qwen2", "*.block_sparse_moe.experts.*.w1")):
+        spec = detect(PUBLISHED[family].config | {"model_type": family})
+        plan = Plan.from_dict({"default": {"wq": "int4"}, "overrides": [{"pattern": pattern, "wq": "int8"}]})
+        assert len(plan.resolve(list(spec.modules())).warnings) == 1
+
+
+# --- Config ---------------------------------------------------------------------------------------------------------
+
+FAULTS = [
+    ("deepseek", {"scoring_func": "sigmoid"}, ("scoring_func", "'sigmoid'", "softmax")),
+    ("deepseek", {"topk_method": "group_limited_greedy"}, ("topk_method", "greedy")),
+    ("deepseek", {"n_group": 8}, ("n_group", "8")),
+    ("deepseek", {"topk_group": 0}, ("topk_group", "0")),
+    ("deepseek", {"routed_scaling_factor": -1}, ("routed_scaling_factor", "-1")),
+    ("deepseek", {"n_shared_experts": 1.5}, ("n_shared_experts", "1.5")),
+    ("deepseek", {"first_k_dense_replace": -1}, ("first_k_dense_replace", "-1")),
+    ("deepseek", {"moe_layer_freq": 0}, ("moe_layer_freq", "0")),
+    ("deepseek", {"moe_layer_freq": [0, 1]}, ("moe_layer_freq", "[0, 1]")),
+    ("deepseek", {"n_routed_experts": None}, ("n_routed_experts",)),
+    ("deepseek", {"num_experts_per_tok": 65}, ("num_experts_per_tok 65", "64 experts")),
+    ("mixtral", {"num_local_experts": None}, ("num_local_experts",)),
+    ("mixtral", {"num_experts": 9}, ("num_local_experts", "num_experts", "9")),
+    ("mixtral", {"sliding_window": 0}, ("sliding_window", "0")),
+    ("mixtral", {"num_experts_per_tok": 9}, ("num_experts_per_tok 9", "8 experts")),
+    ("qwen2_moe", {"use_sliding_window": True}, ("use_sliding_window", "True", "not implemented")),
+    ("qwen2_moe", {"layer_types": ["full_attention"] * 23 + ["sliding_attention"]}, ("layer_types", "sliding")),
+    ("qwen2_moe", {"mlp_only_layers": [0, -1]}, ("mlp_only_layers", "-1")),
+    ("qwen2_moe", {"mlp_only_layers": "0"}, ("mlp_only_layers",)),
+    ("qwen2_moe", {"decoder_sparse_step": 0}, ("decoder_sparse_step", "0")),
+    ("qwen2_moe", {"shared_expert_intermediate_size": None}, ("shared_expert_intermediate_size",)),
+    ("qwen2_moe", {"moe_intermediate_size": None}, ("moe_intermediate_size",)),
+    ("qwen2_moe", {"norm_topk_prob": "yes"}, ("norm_topk_prob", "'yes'")),
+    ("qwen3_moe", {"use_sliding_window": True}, ("use_sliding_window", "not implemented")),
+    ("qwen3_moe", {"head_dim": 127}, ("head_dim", "127")),
+    ("qwen2", {"layer_types": ["full_attention"]}, ("layer_types", "24")),
+    ("qwen2", {"layer_types": ["full_attention"] * 23 + ["linear_attention"]}, ("layer_types", "linear_attention")),
+    ("qwen2", {"layer_types": ["full_attention"] * 23 + ["sliding_attention"]}, ("layer_types", "layer 23")),
+    ("qwen2", {"max_window_layers": "21"}, ("max_window_layers", "'21'")),
+    ("qwen3", {"use_sliding_window": 1}, ("use_sliding_window", "1")),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "words"), FAULTS)
+def test_a_fault_in_the_config_is_named(family: str, changes: dict[str, Any], words: tuple[str, ...]) -> None:
+    config = PUBLISHED[family].config | {"model_type": family} | changes
+    with pytest.raises(ConfigError) as caught:
+        detect(config, "somewhere/config.json")
+    for word in words:
+        assert word in str(caught.value)
+    assert "somewhere/config.json" in str(caught.value.where)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_behaviours_that_nobody_implements_are_named(family: str) -> None:
+    config = PUBLISHED[family].config | {"model_type": family}
+    for key, value in (("hidden_act", "gelu"), ("rope_scaling", {"type": "yarn", "factor": 4.0})):
+        with pytest.raises(ConfigError) as caught:
+            detect(config | {key: value})
+        assert ("'gelu'" if key == "hidden_act" else "'yarn'") in str(caught.value)
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        with pytest.raises(ConfigError, match=key):
+            detect({name: value for name, value in config.items() if name != key})
+
+
+def test_what_a_config_leaves_out() -> None:
+    def spec(family: str, *left: str, **changes: Any) -> ModelSpec:
+        config = PUBLISHED[family].config | {"model_type": family} | changes
+        return detect({key: value for key, value in config.items() if key not in left})
+
+    assert spec("mixtral").rope.theta == 1e6
+    assert spec("qwen2_moe").rope.theta == 10000.0
+    assert spec("mixtral", rope_theta=5.0).rope.theta == 5.0
+    assert spec("qwen3").layers[0].attention.head_dim == 128
+    assert spec("qwen3_moe", "head_dim").layers[0].attention.head_dim == 64
+    assert spec("qwen3_moe", "num_experts", num_local_experts=128) == spec("qwen3_moe")
+    assert all(layer.attention.qkv_bias and not layer.attention.out_bias for layer in spec("qwen2_moe").layers)
+    deepseek = spec("deepseek", "n_shared_experts", "first_k_dense_replace")
+    assert moe_of(deepseek, 0).shared is None
+    assert moe_of(deepseek, 0).routed_scaling == 1.0
+    assert moe_of(spec("deepseek"), 1).shared == MLPSpec(2816)
+    assert isinstance(spec("deepseek").layers[0].mlp, MLPSpec)
+    assert [isinstance(x.mlp, MoESpec) for x in spec("qwen2_moe", decoder_sparse_step=3).layers[:6]] == [
+        False,
+        False,
+        True,
+    ] * 2
+
+
+def test_a_descriptor_is_short_and_knows_no_other_family() -> None:
+    import alphaquant.models.families as package  # noqa: PLC0415
+
+    root = Path(package.__file__).parent
+    for family in FAMILIES:
+        text = (root / f"{family}.py").read_text()
+        assert len(text.splitlines()) <= 45
+    for path in root.parent.rglob("*.py"):
+        assert path.name == "registry.py" or "model_type" not in path.read_text(), path
