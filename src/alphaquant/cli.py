@@ -33,11 +33,10 @@ from alphaquant.pipeline import (
     save_single_file,
 )
 from alphaquant.plan import Plan
-from alphaquant.report import write_report
+from alphaquant.report import human_bytes, write_report
 from alphaquant.solver import Effort, Method, Recipe
 from alphaquant.terminal import (
     err,
-    human_bytes,
     out,
     print_comparison,
     print_error,

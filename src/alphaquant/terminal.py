@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Te
 from rich.table import Table
 from rich.text import Text
 
+from alphaquant.report import human_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from typing import Any
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "err",
-    "human_bytes",
     "out",
     "print_comparison",
     "print_error",
@@ -39,15 +40,6 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 _UNLIMITED = 1000
-
-
-def human_bytes(size: float) -> str:
-    """`1536` → `1.5 KiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def print_error(error: AlphaQuantError) -> None:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from alphaquant.report.render import write_report
+from alphaquant.report.render import human_bytes, write_report
 
-__all__ = ["write_report"]
+__all__ = ["human_bytes", "write_report"]

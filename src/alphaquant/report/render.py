@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from alphaquant.pipeline.records import LayerRecord, ModuleRecord
     from alphaquant.report.read import QualityRow, Run, RunReport
 
-__all__ = ["write_report"]
+__all__ = ["human_bytes", "write_report"]
 
 _STEPS = 8  # of the colour ramp: classes s0 … s7
 _STARVED = 0.25  # of the fair share
@@ -75,7 +75,7 @@ def _render(run: Run, quality: Sequence[QualityRow]) -> dict[str, str]:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "bytes": _bytes,
+        "bytes": human_bytes,
         "duration": _duration,
         "when": _when,
         "code": _markdown_code,
@@ -344,7 +344,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def _bytes(size: float) -> str:
+def human_bytes(size: float) -> str:
+    """`1536` → `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
