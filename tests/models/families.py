@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from alphaquant.checkpoint import Checkpoint
 from alphaquant.models import detect
+from pipeline import tiny as runs
 
 from . import deepseek_reference, tiny
 
@@ -99,13 +100,27 @@ DEEPSEEKS: dict[str, dict[str, Any]] = {
 }
 
 
+def config_of(family: str) -> dict[str, Any]:
+    """The config.json of a family's plain model."""
+    return _theirs(family).to_dict() if family in MODELS else dict(DEEPSEEK)
+
+
+def _theirs(name: str) -> Any:
+    import transformers  # noqa: PLC0415  (slow)
+
+    family, particular = MODELS[name]
+    return getattr(transformers, f"{CLASSES[family]}Config")(**(SIZES | particular))
+
+
 def save_with_transformers(directory: Path, name: str) -> Any:
     """Write a tiny model of `MODELS` as transformers writes it."""
     import transformers  # noqa: PLC0415  (slow)
 
-    family, particular = MODELS[name]
-    config = getattr(transformers, f"{CLASSES[family]}Config")(**(SIZES | particular))
-    model = getattr(transformers, f"{CLASSES[family]}ForCausalLM")(config).eval().requires_grad_(requires_grad=False)
+    model = (
+        getattr(transformers, f"{CLASSES[MODELS[name][0]]}ForCausalLM")(_theirs(name))
+        .eval()
+        .requires_grad_(requires_grad=False)
+    )
     tiny.randomise(model)
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(directory, safe_serialization=True)
@@ -173,6 +188,7 @@ def zoo(root: Path) -> Callable[[str], Made]:
             theirs = save_with_transformers(root / name, name) if name in MODELS else None
             if theirs is None:
                 save_deepseek(root / name, name)
+            runs.write_tokenizer(root / name / "tokenizer.json")
             made[name] = Made(root / name, theirs)
         return made[name]
 

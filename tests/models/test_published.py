@@ -247,6 +247,10 @@ def test_what_a_config_leaves_out() -> None:
     assert spec("mixtral", rope_theta=5.0).rope.theta == 5.0
     assert spec("qwen3").layers[0].attention.head_dim == 128
     assert spec("qwen3_moe", "head_dim").layers[0].attention.head_dim == 64
+    windows = [
+        layer.attention.sliding_window for layer in spec("qwen2", use_sliding_window=True, num_hidden_layers=30).layers
+    ]
+    assert windows == [None] * 28 + [4096] * 2
     assert spec("qwen3_moe", "num_experts", num_local_experts=128) == spec("qwen3_moe")
     assert all(layer.attention.qkv_bias and not layer.attention.out_bias for layer in spec("qwen2_moe").layers)
     deepseek = spec("deepseek", "n_shared_experts", "first_k_dense_replace")

@@ -56,8 +56,8 @@ def check_output(path: Path, source: Path, *, overwrite: bool) -> None:
             raise OutputError(
                 f"{path} already exists and is not empty", remedy="choose another output, or pass --overwrite"
             )
-    except OSError as error:  # a name too long, a loop of links, a directory that may not be read
-        raise OutputError(f"{path} cannot be written: {error.strerror}", remedy="choose another output") from error
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links, a directory that may not be read
+        raise OutputError(f"{path} cannot be written: {error}", remedy="choose another output") from error
     check_writable(path)
 
 
@@ -70,8 +70,8 @@ def check_writable(path: Path) -> None:
     try:
         parent = next(p for p in path.resolve().parents if p.exists())
         path.exists()
-    except OSError as error:  # a name too long, a loop of links
-        raise OutputError(f"{path} cannot be written: {error.strerror}", remedy="choose another output") from error
+    except (OSError, RuntimeError) as error:  # a name too long, a loop of links
+        raise OutputError(f"{path} cannot be written: {error}", remedy="choose another output") from error
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "may not be written to" if parent.is_dir() else "is no directory"
         raise OutputError(f"{path} cannot be written: {parent} {why}", remedy="choose another output")
