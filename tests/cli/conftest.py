@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from typing import NamedTuple
 
@@ -72,6 +73,12 @@ def fails(alphaquant, tmp_path):
         return result
 
     return run
+
+
+@pytest.fixture
+def model(tmp_path, olmoe):
+    """A sharded model of one's own, to damage."""
+    return shutil.copytree(olmoe, tmp_path / "model")
 
 
 @pytest.fixture(autouse=True)

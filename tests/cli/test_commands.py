@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from pipeline import tiny
 
 from alphaquant import __version__
 from alphaquant.pipeline import KindSize, evaluate_checkpoint, load
 from alphaquant.terminal import print_sizes
+from pipeline import tiny
 
 VERBS = ("inspect", "plan", "quantize", "eval", "export", "report", "demo")
 SMALL = ("--nsamples", 8, "--seqlen", 32)

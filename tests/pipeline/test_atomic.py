@@ -161,6 +161,15 @@ def test_an_output_that_cannot_be_written(llama, path, overwrite):
     assert path[:20] in str(caught.value)
 
 
+def test_an_output_in_a_loop_of_links(llama, tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for out in (tmp_path / "a", tmp_path / "a/out"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            tiny.quantize(llama, out, INT4, None)
+    assert tiny.listing(tmp_path) == {"a", "b"}
+
+
 def test_it_is_refused_before_any_work(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "read_outer", lambda *_: pytest.fail("work was done"))
     (tmp_path / "out").write_text("mine")

@@ -17,7 +17,13 @@ from . import tiny
 from .spy import Spy
 
 SAMPLES, LENGTH = 10, 16
-PLAN = {"default": {"wq": "int3", "group_size": 32}, "overrides": [{"pattern": "*.self_attn.k_proj", "wq": "int8"}]}
+PLAN = {
+    "default": {"wq": "int3", "group_size": 32},
+    "overrides": [
+        {"pattern": "*.self_attn.k_proj", "wq": "int8"},
+        {"pattern": "model.embed_tokens", "wq": "int8"},
+    ],
+}
 
 
 class Seen(NamedTuple):

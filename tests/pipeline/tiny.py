@@ -42,6 +42,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
     for family, particular in {
         "olmoe": {"intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2},
         "llama": {"intermediate_size": 128, "num_key_value_heads": 2},
+        "mixtral": {"intermediate_size": 64, "num_local_experts": 8, "num_experts_per_tok": 2},
+        "qwen2_moe": {
+            "intermediate_size": 128,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 128,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        "qwen3_moe": {
+            "intermediate_size": 128,
+            "moe_intermediate_size": 64,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "head_dim": 16,
+        },
+        "deepseek": {
+            "intermediate_size": 128,
+            "moe_intermediate_size": 64,
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "num_experts_per_tok": 2,
+            "first_k_dense_replace": 1,
+        },
     }.items()
 }
 
@@ -130,7 +153,7 @@ def write_model(
 def write_tokenizer(path: Path) -> None:
     """A tokenizer whose words are `w0` … `w126`, each of its own id."""
     words = {f"w{i}": i for i in range(VOCAB - 1)} | {"[unk]": VOCAB - 1}
-    backend = Tokenizer(models.WordLevel(words, unk_token="[unk]"))  # noqa: S106
+    backend = Tokenizer(models.WordLevel(words, unk_token="[unk]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.save(str(path))
 

@@ -14,6 +14,8 @@ import torch
 from alphaquant.formats import QuantizedTensor, encode, quantize_values
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from alphaquant.formats import Scheme
@@ -101,12 +103,6 @@ def solve(w_EOI: Tensor, factor: Factor, scheme: Scheme, scales: Scales, block_s
         target_EIO[:, mid:end].baddbmm_(feedback[:, start:mid, mid:end].transpose(1, 2), error_EIO[:, start:mid])
 
     def walk(start: int, end: int) -> None:
-        if end - start > _LEAF:
-            mid = start + (end - start + 1) // 2
-            walk(start, mid)
-            push(start, mid, end)
-            walk(mid, end)
-            return
         for j in range(start, end):
             target = target_EIO[:, j]
             value = columns.round(target, j, scheme)
@@ -118,13 +114,28 @@ def solve(w_EOI: Tensor, factor: Factor, scheme: Scheme, scales: Scales, block_s
                 reach = feedback[:, j, j + 1 : end, None]
                 target_EIO[:, j + 1 : end].addcmul_(reach, error_EIO[:, j, None])
 
-    for start in range(0, size, block_size):
-        if start:
-            push_end = min(start + block_size, size)
-            push(0, start, push_end)
-        walk(start, min(start + block_size, size))
+    for block_start in range(0, size, block_size):
+        block_end = min(block_start + block_size, size)
+        if block_start:
+            push(0, block_start, block_end)
+        for start, mid, end in _halves(block_start, block_end):
+            walk(start, end) if mid == end else push(start, mid, end)
     loss_EO = (target_EIO.square_() * factor.curvature_EI[:, :, None]).sum(1)
     return Solution(_collect(value_EIO, scales, scheme, factor.order_EI), loss_EO)
+
+
+def _halves(start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """What to do in order: leaves to walk (start, end, end), and pushes (start, mid, end) between two halves.
+
+    Not a function inside `solve`: one that calls itself there is a cycle, and keeps every tensor it sees alive.
+    """
+    if end - start <= _LEAF:
+        yield start, end, end
+        return
+    mid = start + (end - start + 1) // 2
+    yield from _halves(start, mid)
+    yield start, mid, end
+    yield from _halves(mid, end)
 
 
 def _collect(value_EIO: Tensor, scales: Scales, scheme: Scheme, order_EI: Tensor) -> QuantizedTensor:
