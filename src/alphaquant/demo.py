@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alphaquant.checkpoint import write_json
-from alphaquant.pipeline import FOLDER, Calibration, evaluate_checkpoint, prepare, quantize_checkpoint
+from alphaquant.pipeline import FOLDER, Calibration, check_output, evaluate_checkpoint, prepare, quantize_checkpoint
 from alphaquant.plan import Plan
 from alphaquant.report import write_report
 from alphaquant.solver import Effort, Method, Recipe
@@ -43,6 +43,7 @@ def run_demo(out: Path, *, overwrite: bool, progress: Progress) -> DemoResult:
     with as_file(files("alphaquant") / "data") as data, TemporaryDirectory() as scratch:
         model = data / "demo-model"
         prepared = prepare(model, Plan.load(data / "demo-plan.json"))
+        check_output(out, model, overwrite=overwrite)
         calibration = Calibration("bundled", num_samples=128, seqlen=_SEQLEN, seed=0)
 
         def quantize(target: Path, recipe: Recipe) -> tuple[dict[str, Any], Quality]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,6 @@ def keep_freed_memory() -> None:
     By default glibc maps and unmaps every large tensor, and the kernel clears each page anew: a fifth of the time of
     a run on a small model.
     """
-    import ctypes  # noqa: PLC0415  (the command alone needs it)
-
     trim_threshold, mmap_threshold = -1, -3  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -97,15 +97,11 @@ CHECKPOINTS = {
 }
 
 
-# Their messages say what is expected, but not yet what to do.
-WITHOUT_REMEDY = ("missing layer", "unknown activation", "too many experts")
-
-
 @pytest.mark.parametrize("fault", CHECKPOINTS)
 def test_broken_checkpoints(fails, model, tmp_path, text, fault):
     damage, says = CHECKPOINTS[fault]
     damage(model)
-    expected = {"says": says, "remedy": fault not in WITHOUT_REMEDY}
+    expected = {"says": says}
     fails("quantize", model, *INT4, "--calib", text, "-o", tmp_path / "out", **expected)
     fails("inspect", model, **expected)
     fails("plan", model, *INT4, **expected)

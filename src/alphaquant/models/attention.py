@@ -50,7 +50,8 @@ class KeyValueCache:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last axis, computed in fp32 (Zhang and Sennrich 2019)."""
     x_fp32 = x.float()
-    normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+    norm = torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True)
+    normed = x_fp32 * torch.rsqrt(norm.square() / x.shape[-1] + eps)
     return weight * normed.to(x.dtype)
 
 
@@ -112,27 +113,27 @@ def _blocked_attention(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, window: i
     """
     num_sequences, num_heads, length, channels = q_BHLC.shape
     repeats = num_heads // k_BKLC.shape[1]
-    step = max(1, _SCORES // (num_heads * _QUERIES * length))
-    out_BHLC = torch.empty_like(q_BHLC)
+    if repeats > 1:
+        k_BKLC, v_BKLC = k_BKLC.repeat_interleave(repeats, 1), v_BKLC.repeat_interleave(repeats, 1)
+    # S: sequences times heads
+    q_SLC, k_SLC, v_SLC = (t.reshape(-1, length, channels) for t in (q_BHLC, k_BKLC, v_BKLC))
+    out_SLC = torch.empty_like(q_SLC)
     hidden = torch.full((_QUERIES, _QUERIES), -torch.inf).triu(1)
-    for cut in range(0, num_sequences, step):
+    step = max(1, _SCORES // (_QUERIES * length))
+    for cut in range(0, num_sequences * num_heads, step):
         part = slice(cut, cut + step)
-        q = q_BHLC[part].float().mul_(channels**-0.5)
-        k, v = k_BKLC[part].float(), v_BKLC[part]
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
-        k = k.transpose(2, 3)
+        q, k, v = q_SLC[part].float().mul_(channels**-0.5), k_SLC[part].float().transpose(1, 2), v_SLC[part]
         for start in range(0, length, _QUERIES):
             end = min(start + _QUERIES, length)
             first = 0 if window is None else max(0, start - window + 1)
             with bf16_products(q_BHLC):
-                scores = torch.matmul(q[:, :, start:end], k[..., first:end])
+                scores = torch.bmm(q[:, start:end], k[..., first:end])
             scores[..., start - first :].add_(hidden[: end - start, : end - start])
             if window is not None and end - first > window:
                 query, key = torch.arange(start, end)[:, None], torch.arange(first, end)[None]
                 scores.masked_fill_(key <= query - window, -torch.inf)
-            torch.matmul(scores.softmax(-1).bfloat16(), v[:, :, first:end], out=out_BHLC[part, :, start:end])
-    return out_BHLC
+            out_SLC[part, start:end] = torch.bmm(scores.softmax(-1).bfloat16(), v[:, first:end])
+    return out_SLC.view_as(q_BHLC)
 
 
 def attention(

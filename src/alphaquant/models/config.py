@@ -34,7 +34,8 @@ class ConfigReader:
         return value
 
     def _wrong(self, key: str, value: Any, expected: str) -> ConfigError:
-        return ConfigError(f"{key} is {value!r}; expected {expected}", where=self.where)
+        remedy = f"check {key} in config.json; where it is right, alphaquant has no such model yet"
+        return ConfigError(f"{key} is {value!r}; expected {expected}", where=self.where, remedy=remedy)
 
     def has(self, key: str) -> bool:
         """Whether the key is there and not null."""

@@ -140,7 +140,9 @@ def check_tensors(source: TensorSource, spec: ModelSpec) -> None:
         raise CheckpointError(
             f"{len(missing)} tensors of the model are not in the checkpoint: {_some(missing)}",
             where=f"family {spec.family}",
-            remedy=f"did you mean {close[0]}? the names must be those of the family" if close else None,
+            remedy=f"did you mean {close[0]}? the names must be those of the family"
+            if close
+            else "fetch the missing shards, or check that config.json belongs to these weights",
         )
     if unread:
         raise CheckpointError(
@@ -229,5 +231,7 @@ def _finite(x: Tensor) -> bool:
 
 def _not_finite(name: str) -> NumericsError:
     return NumericsError(
-        "the weights hold NaN or infinity", where=name, remedy="the checkpoint is damaged: fetch it anew"
+        "the weights hold NaN or infinity",
+        where=name,
+        remedy="fetch the checkpoint anew; or, with --dtype fp16, give bf16 or fp32",
     )

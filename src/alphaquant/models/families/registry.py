@@ -60,7 +60,9 @@ def detect(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
     for layer in layers:
         if isinstance(layer.mlp, MoESpec) and layer.mlp.top_k > layer.mlp.num_experts:
             raise ConfigError(
-                f"num_experts_per_tok {layer.mlp.top_k} exceeds the {layer.mlp.num_experts} experts", where=where
+                f"num_experts_per_tok {layer.mlp.top_k} exceeds the {layer.mlp.num_experts} experts",
+                where=where,
+                remedy="correct num_experts_per_tok, or the number of experts",
             )
     return ModelSpec(
         family=str(name),
