@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alphaquant.models import attention
 from alphaquant.models.attention import _scaled_dot_product
-from alphaquant.models.moe import _grouped_linear
+from alphaquant.models.moe import _by_expert
 
 BLOCK = attention._QUERIES
 
@@ -93,7 +93,7 @@ def test_grouped_products_are_each_experts_own(counts: list[int], dtype: torch.d
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(sum(counts), 16, generator=generator).to(dtype)
     w = torch.randn(3, 8, 16, generator=generator).to(dtype)
-    found = _grouped_linear(x, w, counts)
+    found = _by_expert(x, counts, lambda rows, expert: torch.nn.functional.linear(rows, w[expert]))
     assert found.shape == (sum(counts), 8)
     parts = zip(x.double().split(counts), w.double(), strict=True)
     truth = torch.cat([rows @ w_OI.T for rows, w_OI in parts])

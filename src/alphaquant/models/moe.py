@@ -15,7 +15,7 @@ from alphaquant.models.spec import MLPSpec, MoESpec, Source
 from alphaquant.models.tap import Routing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from alphaquant.models.tap import Tap
 
@@ -101,7 +101,8 @@ def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap
         return x_TD
     counts = counts_E.tolist()
     hidden_RF = _expert_hidden(x_RD, counts, weights)
-    out_RD = _grouped_linear(hidden_RF, weights["mlp.experts.down_proj.weight"], counts)
+    downs = weights["mlp.experts.down_proj.weight"].unbind()
+    out_RD = _by_expert(hidden_RF, counts, lambda rows, e: F.linear(rows, downs[e]))
     # gathers and a sum in fixed order give the same result on every device; scattered adds would not
     place_TK = order_R.argsort().view_as(choice.topk_ids_TK)
     score_TK = choice.score_TK.to(x_TD.dtype)
@@ -112,23 +113,22 @@ def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap
 
 
 def _expert_hidden(x_RD: Tensor, counts: list[int], weights: Mapping[str, Tensor]) -> Tensor:
-    gate_RF = _grouped_linear(x_RD, weights["mlp.experts.gate_proj.weight"], counts)
-    return F.silu(gate_RF) * _grouped_linear(x_RD, weights["mlp.experts.up_proj.weight"], counts)
+    gates, ups = (weights[f"mlp.experts.{name}.weight"].unbind() for name in ("gate_proj", "up_proj"))
+    return _by_expert(x_RD, counts, lambda rows, e: F.silu(F.linear(rows, gates[e])) * F.linear(rows, ups[e]))
 
 
-def _grouped_linear(x_RI: Tensor, w_EOI: Tensor, counts: list[int]) -> Tensor:
-    """Rows sorted by expert times each expert's weight: `[R, I] x [E, O, I] -> [R, O]`.
+def _by_expert(x_RI: Tensor, counts: list[int], compute: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """`compute` of each expert on its own rows; rows are sorted by expert.
 
-    A product takes a few rows of the next expert along, up to a multiple of `_ROWS`, and drops them again: CPU
-    libraries compile a kernel for each new number of rows, which costs more than the rows.
+    It is given a few rows of the next expert along, up to a multiple of `_ROWS`, and what it makes of them is
+    dropped: CPU libraries compile a kernel for each new number of rows, which costs more than the rows.
     """
     total, stop, parts = x_RI.shape[0], 0, []
-    for w_OI, count in zip(w_EOI.unbind(), counts, strict=True):
+    for expert, count in enumerate(counts):
         start, stop = stop, stop + count
         rows = -(-count // _ROWS) * _ROWS
         begin = total - rows if start + rows > total else start
         if begin < 0:
             begin, rows = start, count
-        y_RO = F.linear(x_RI[begin : begin + rows], w_OI)
-        parts.append(y_RO[start - begin : stop - begin])
+        parts.append(compute(x_RI[begin : begin + rows], expert)[start - begin : stop - begin])
     return torch.cat(parts)

@@ -12,11 +12,14 @@ import torch
 from alphaquant.numerics import bf16_products
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 __all__ = ["Evidence", "EvidenceSum", "HessianSum"]
 
 _ROWS = 256
+_LEAST_BAND = 128  # narrower products are slower than what they leave out
 
 
 class Evidence(NamedTuple):
@@ -66,6 +69,8 @@ class EvidenceSum:
 class HessianSum:
     """`Σ c · x xᵀ` for each expert, stored as a sum with its weights and counts, so that parts add exactly.
 
+    Half of a symmetric sum is enough: bands of rows are filled from the diagonal on, and mirrored when they are read.
+
     Args:
         num_experts: 1 for a linear that sees every token.
         in_features: I.
@@ -74,7 +79,7 @@ class HessianSum:
     """
 
     def __init__(self, num_experts: int, in_features: int, power: float, device: torch.device | str = "cpu") -> None:
-        self.sum_EII = torch.zeros(num_experts, in_features, in_features, device=device)
+        self._upper_EII = torch.zeros(num_experts, in_features, in_features, device=device)
         self._evidence = EvidenceSum(num_experts, power)
 
     def add(self, x_RI: Tensor, counts: list[int] | None = None, score_R: Tensor | None = None) -> None:
@@ -82,14 +87,23 @@ class HessianSum:
         counts = [x_RI.shape[0]] if counts is None else counts
         weight_R = self._evidence.add(counts, score_R)
         weights = [None] * len(counts) if weight_R is None else weight_R.split(counts)
-        for sum_II, rows_RI, weight in zip(self.sum_EII, x_RI.split(counts), weights, strict=True):
+        for upper_II, rows_RI, weight in zip(self._upper_EII, x_RI.split(counts), weights, strict=True):
             if rows_RI.shape[0]:
-                _add_gram(sum_II, rows_RI, weight)
+                _add_gram(upper_II, rows_RI, weight)
+
+    @property
+    def sum_EII(self) -> Tensor:
+        """The whole sums `[E, I, I]`, a new tensor."""
+        sum_EII = self._upper_EII.clone()
+        for start, end in _bands(sum_EII.shape[1]):
+            sum_EII[:, end:, start:end] = sum_EII[:, start:end, end:].transpose(1, 2)
+        return sum_EII
 
     def normalized(self) -> Tensor:
         """Mean Hessians `[E, I, I]` a unit of weight; zero for an expert that saw nothing."""
         weight_E = self._evidence.weight_E.clamp_min(torch.finfo(torch.float32).tiny).float()
-        return torch.div(self.sum_EII, weight_E.to(self.sum_EII.device)[:, None, None])
+        sum_EII = self.sum_EII
+        return sum_EII.div_(weight_E.to(sum_EII.device)[:, None, None])
 
     @property
     def evidence(self) -> Evidence:
@@ -101,8 +115,8 @@ def _expert_sums(values_R: Tensor, counts: list[int]) -> Tensor:
     return torch.stack([part.sum() for part in values_R.split(counts)]).cpu()
 
 
-def _add_gram(sum_II: Tensor, x_RI: Tensor, weight_R: Tensor | None) -> None:
-    """`sum += xᵀ diag(weight) x` in fp32.
+def _add_gram(upper_II: Tensor, x_RI: Tensor, weight_R: Tensor | None) -> None:
+    """`upper += xᵀ diag(weight) x` in fp32, from the diagonal on.
 
     Rows are scaled by √weight before the product, so the sum stays symmetric and positive semi-definite. On a CPU
     bf16 activations go through bf16 products with fp32 sums: exact for plain rows, and the Gram matrix of rows
@@ -117,4 +131,12 @@ def _add_gram(sum_II: Tensor, x_RI: Tensor, weight_R: Tensor | None) -> None:
     else:
         torch.mul(x_RI, weight_R.sqrt()[:, None], out=rows_RI[:num_rows])
     with bf16_products(x_RI):
-        sum_II.addmm_(rows_RI.T, rows_RI)
+        for start, end in _bands(in_features):
+            upper_II[start:end, start:].addmm_(rows_RI[:, start:end].T, rows_RI[:, start:])
+
+
+def _bands(size: int) -> Iterator[tuple[int, int]]:
+    """Bands of rows of a symmetric matrix: in each, only what lies right of its first column is summed."""
+    width = max(_LEAST_BAND, size // 4)
+    for start in range(0, size, width):
+        yield start, min(start + width, size)
