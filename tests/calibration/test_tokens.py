@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from alphaquant.calibration import calibration_tokens, evaluation_windows, load_tokenizer
+from alphaquant.calibration import Tokenizer, calibration_tokens, evaluation_windows, load_tokenizer
+from alphaquant.calibration import tokens as tokens_module
+from alphaquant.calibration.apart import encode_apart
 from alphaquant.errors import CalibrationError
 
 TEXT = "".join(f"The {i}th expert routes {i * i} tokens, and the router keeps its weight.\n" for i in range(300))
@@ -358,3 +360,22 @@ def test_row_with_an_id_outside_the_vocabulary(tmp_path, call, bad):
     source = save_rows(tmp_path / "a.json", [[1, 2, 3, 999], [4, bad, 5]])
     error = error_of(call, source, None, seqlen=3)  # the 999 is cut away
     assert f"id {bad} in row 1 " in error.what
+
+
+def test_a_process_of_its_own_gives_the_same_ids(tmp_path, monkeypatch):
+    from importlib.resources import files  # noqa: PLC0415
+
+    tokenizer = load_tokenizer(str(files("alphaquant") / "data" / "demo-model"))
+    text = "Élan, \u4e2d\u6587 and the State of the Union.\n" * 50
+    expected = tokenizer.encode(text)
+    assert tokenizer.encode_tensor(text).tolist() == expected
+    monkeypatch.setattr(tokens_module, "LONG_TEXT", 10)
+    monkeypatch.setattr(Tokenizer, "encode", None)
+    found = tokenizer.encode_tensor(text)
+    assert found.dtype == torch.int64
+    assert found.tolist() == expected
+
+
+def test_a_process_that_fails_is_named():
+    with pytest.raises(CalibrationError, match="cannot be tokenised"):
+        encode_apart("{}", "text")

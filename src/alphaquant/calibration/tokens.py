@@ -19,6 +19,7 @@ import jinja2.sandbox
 import tokenizers
 import torch
 
+from alphaquant.calibration.apart import LONG_TEXT, encode_apart
 from alphaquant.calibration.texts import Conversation, Split, is_tokenised, load_rows, load_text
 from alphaquant.errors import CalibrationError
 
@@ -68,6 +69,12 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, with the special tokens that the post-processor adds; never cut, never padded."""
         return self.encode_batch([text])[0]
+
+    def encode_tensor(self, text: str) -> Tensor:
+        """The same as int64 `[M]`; a long text is tokenised in a process of its own."""
+        if len(text) < LONG_TEXT:
+            return torch.tensor(self.encode(text), dtype=torch.int64)
+        return encode_apart(self._backend.to_str(), text)
 
     def encode_batch(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:
         """Token ids of each text. Rendered chats hold their special tokens already."""
@@ -253,7 +260,7 @@ def _tokenise(source: str, tokenizer: Tokenizer | None, split: Split) -> Tensor:
         )
     text = load_text(source, split=split)
     if isinstance(text, str):
-        return torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+        return tokenizer.encode_tensor(text)
     texts = [document if isinstance(document, str) else _render(document, tokenizer) for document in text]
     is_plain = [isinstance(document, str) for document in text]
     encoded = {
