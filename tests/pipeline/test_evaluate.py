@@ -38,7 +38,7 @@ def naive_windows(model, text):
 def naive_log_probs(path, windows):
     """Log-probabilities `[N, L - 1, V]` in fp64."""
     source = open_source(path)
-    decoder = load_decoder(source, detect(source.checkpoint.config), torch.float64)
+    decoder = load_decoder(source, detect(source.config), torch.float64)
     return torch.stack([decoder.logits(torch.tensor([ids]))[0, :-1].log_softmax(-1) for ids in windows])
 
 

@@ -14,7 +14,7 @@ import alphaquant
 from alphaquant.checkpoint import Checkpoint
 from alphaquant.errors import CheckpointError, OutputError
 from alphaquant.formats import QuantizedTensor, dequantize
-from alphaquant.layouts import PlainCheckpoint, QuantizedCheckpoint
+from alphaquant.layouts import QuantizedCheckpoint
 from alphaquant.models import Decoder, detect, load_decoder
 from alphaquant.pipeline import export_checkpoint, load, save_single_file
 from alphaquant.solver import Effort, Recipe
@@ -61,7 +61,7 @@ def runs(tmp_path_factory, text, request):
 
 def original(model: Path) -> Decoder:
     checkpoint = Checkpoint.open(model)
-    return load_decoder(PlainCheckpoint(checkpoint), detect(checkpoint.config))
+    return load_decoder(checkpoint, detect(checkpoint.config))
 
 
 def replaced(decoder: Decoder, quantized: dict[str, QuantizedTensor]) -> Decoder:

@@ -8,7 +8,6 @@ from alphaquant.layouts.dense import DenseLayout
 from alphaquant.layouts.humming import HummingLayout
 from alphaquant.layouts.reader import (
     MODULES_FILE,
-    PlainCheckpoint,
     QuantizedCheckpoint,
     StoredModule,
     module_table,
@@ -22,7 +21,6 @@ __all__ = [
     "DenseLayout",
     "HummingLayout",
     "Layout",
-    "PlainCheckpoint",
     "QuantizedCheckpoint",
     "StoredModule",
     "choose_layout",

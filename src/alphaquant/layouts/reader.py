@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from alphaquant.formats import QuantizedTensor
     from alphaquant.models.weights import TensorSource
 
-__all__ = ["MODULES_FILE", "PlainCheckpoint", "QuantizedCheckpoint", "StoredModule", "module_table", "open_source"]
+__all__ = ["MODULES_FILE", "QuantizedCheckpoint", "StoredModule", "module_table", "open_source"]
 
 MODULES_FILE = "alphaquant/modules.json"
 """The module table's place in a checkpoint directory."""
@@ -68,33 +68,6 @@ def module_table(
         if scheme is not None
     }
     return {"version": _VERSION, "layout": layout, "modules": modules}
-
-
-class PlainCheckpoint:
-    """A checkpoint's tensors as they are: a `TensorSource`."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-
-    def names(self) -> tuple[str, ...]:
-        """All tensor names, sorted."""
-        return self.checkpoint.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor.
-
-        Raises:
-            CheckpointError: the checkpoint holds no such tensor.
-        """
-        return self.checkpoint.info(name).shape
-
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Read one tensor into ``out``, cast to its dtype.
-
-        Raises:
-            CheckpointError: there is no such tensor, or its shape is another.
-        """
-        self.checkpoint.read_into(name, out)
 
 
 class QuantizedCheckpoint:
@@ -144,6 +117,11 @@ class QuantizedCheckpoint:
             )
         return cls(checkpoint, *table)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json."""
+        return self.checkpoint.config
+
     def names(self) -> tuple[str, ...]:
         """All logical tensor names, sorted: a quantized module appears as ``<module>.weight``."""
         return self._names
@@ -192,7 +170,7 @@ class QuantizedCheckpoint:
         return self.layout.read(module, self.checkpoint.read, scheme, shape)
 
 
-def open_source(path: str | Path) -> PlainCheckpoint | QuantizedCheckpoint:
+def open_source(path: str | Path) -> Checkpoint | QuantizedCheckpoint:
     """The tensors of a checkpoint directory, de-quantized where ``alphaquant/modules.json`` says they are quantized.
 
     Raises:
@@ -201,7 +179,7 @@ def open_source(path: str | Path) -> PlainCheckpoint | QuantizedCheckpoint:
     checkpoint = Checkpoint.open(path)
     table = _read_table(checkpoint.path / MODULES_FILE)
     if table is None or table[0].name == "dense":  # a dense checkpoint's weights are plain tensors
-        return PlainCheckpoint(checkpoint)
+        return checkpoint
     return QuantizedCheckpoint(checkpoint, *table)
 
 
@@ -266,5 +244,5 @@ def _malformed(path: Path, why: str) -> CheckpointError:
 
 
 if TYPE_CHECKING:
-    _PLAIN: type[TensorSource] = PlainCheckpoint
+    _PLAIN: type[TensorSource] = Checkpoint
     _QUANTIZED: type[TensorSource] = QuantizedCheckpoint

@@ -128,7 +128,7 @@ def _require_sane(scores: WindowScores, path: Path) -> None:
 
 def _open(path: Path) -> tuple[TensorSource, ModelSpec]:
     source = open_source(path)
-    spec = detect(source.checkpoint.config, str(path / "config.json"))
+    spec = detect(source.config, str(path / "config.json"))
     check_tensors(source, spec)
     return source, spec
 

@@ -73,7 +73,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What a run reports; `to_dict` is the content of `alphaquant/report.json`."""
+    """What a run reports; `report` is the content of `alphaquant/report.json`."""
 
     summary: list[KindSummary]
     records: list[LayerRecord]
