@@ -1,0 +1,52 @@
+"""Verbs that work on what a run left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alphaquant.cli.options import Format, OverwriteOpt, check_single_file
+from alphaquant.errors import OutputError
+from alphaquant.pipeline import export_checkpoint, save_single_file
+from alphaquant.report import human_bytes, write_report
+from alphaquant.terminal import out
+
+__all__ = ["export", "report"]
+
+
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="OUT", help="Directory that `quantize` made.")],
+    *,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Directory, or .pt file, to make.")],
+    layout: Annotated[
+        Format | None, typer.Option("--format", help="Layout to convert to.", show_default="dense")
+    ] = None,
+    overwrite: OverwriteOpt = False,
+) -> None:
+    """Convert a quantized directory to another layout, losslessly from its codes, or gather it in one .pt file."""
+    if output.suffix == ".pt":
+        if layout is not None:
+            raise OutputError(
+                f"--format {layout.value} with {output}: a .pt file keeps the layout of its directory",
+                remedy="convert into a directory first, and export that one",
+            )
+        check_single_file(output, overwrite=overwrite)
+        save_single_file(directory, output)
+        size = output.stat().st_size
+    else:
+        name = Format.DENSE.value if layout is None else layout.value
+        size = export_checkpoint(directory, output, None if layout is Format.AUTO else name, overwrite=overwrite)
+    out.print(f"written to {output} ({human_bytes(size)})", soft_wrap=True)
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(metavar="OUT", help="Directory that `quantize` made.")],
+    *,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write; OUT/alphaquant.")] = None,
+    quality: Annotated[list[Path] | None, typer.Option(help="JSON of `eval --json` to show; may be repeated.")] = None,
+) -> None:
+    """Write report.html and report.md of a quantized directory."""
+    for path in write_report(directory, output, quality or []):
+        out.print(f"written to {path}", soft_wrap=True)

@@ -1,0 +1,133 @@
+"""The verb that quantizes."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alphaquant.checkpoint import resolve_model
+from alphaquant.cli.options import (
+    ConfigOpt,
+    DeviceOpt,
+    DType,
+    DTypeOpt,
+    Format,
+    JsonOpt,
+    ModelArg,
+    OverwriteOpt,
+    QuietOpt,
+    SchemeOpt,
+    check_single_file,
+    plan_from,
+    print_json,
+    torch_device,
+)
+from alphaquant.errors import OutputError
+from alphaquant.pipeline import (
+    Calibration,
+    Prepared,
+    check_output,
+    plan_sizes,
+    planned_layout,
+    prepare,
+    quantize_checkpoint,
+    save_single_file,
+)
+from alphaquant.solver import Effort, Method, Recipe
+from alphaquant.terminal import out, print_notes, print_result, print_sizes, progress_bar
+
+__all__ = ["quantize"]
+
+
+def quantize(
+    model: ModelArg,
+    *,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Checkpoint directory to make.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also, or instead, write one .pt file of tensors.")] = None,
+    config: ConfigOpt = None,
+    scheme: SchemeOpt = None,
+    method: Annotated[Method, typer.Option(help="GPTQ, or round to nearest.")] = Method.GPTQ,
+    effort: Annotated[Effort, typer.Option(help="Spent on scales and refinement.")] = Effort.DEFAULT,
+    calib: Annotated[
+        str | None,
+        typer.Option(help="wikitext2, c4, bundled, or a text, JSONL or token file.", show_default="wikitext2"),
+    ] = None,
+    nsamples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 2048,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws the windows.")] = 0,
+    routing_weight: Annotated[float, typer.Option(min=0, help="Routed rows weigh their score to this power.")] = 1.0,
+    layout: Annotated[Format, typer.Option("--format", help="Layout; auto: the most widely served.")] = Format.AUTO,
+    device: DeviceOpt = "auto",
+    dtype: DTypeOpt = DType.AUTO,
+    overwrite: OverwriteOpt = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and show sizes; compute nothing.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every event.")] = False,
+    quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Quantize a checkpoint into a directory that engines load.
+
+    Plan by --config FILE or --scheme S. GPTQ calibrates on --calib; --method rtn does without it unless it is given.
+    """
+    if output is None and save is None:
+        raise OutputError("there is nothing to write to", remedy="give -o DIR, or --save FILE.pt, or both")
+    prepared = prepare(resolve_model(model), plan_from(config, scheme))
+    print_notes(prepared.resolved.warnings, prepared.resolved.notes)
+    target = _output_directory(output, save, prepared, overwrite=overwrite)
+    layout_name = None if layout is Format.AUTO else layout.value
+    run_device = torch_device(device)
+    if dry_run:
+        planned_layout(prepared, layout_name)
+        sizes = plan_sizes(prepared)
+        print_json([asdict(s) for s in sizes]) if as_json else print_sizes(sizes)
+        return
+    if method is Method.RTN and calib is None:
+        calibration = None
+    else:
+        calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed)
+    with progress_bar("quantizing", quiet=quiet or as_json) as progress:
+        result = quantize_checkpoint(
+            prepared,
+            target,
+            recipe=Recipe(method=method, effort=effort, routing_power=routing_weight),
+            calibration=calibration,
+            layout=layout_name,
+            device=run_device,
+            dtype=dtype.value,
+            overwrite=overwrite,
+            progress=progress,
+            command=shlex.join(["alphaquant", *sys.argv[1:]]),
+        )
+    if save is not None:
+        save_single_file(target, save, remove_source=output is None)
+    report = result.report
+    if as_json:
+        print_json(report)
+        return
+    known = len(prepared.resolved.warnings)
+    print_notes(report["warnings"][known:])
+    print_result(report)
+    if verbose:
+        for event in report["events"]:
+            out.print(f"  {event['module']}: {event['event']}", soft_wrap=True)
+    out.print(f"written to {', '.join(str(path) for path in (output, save) if path is not None)}", soft_wrap=True)
+
+
+def _output_directory(output: Path | None, save: Path | None, prepared: Prepared, *, overwrite: bool) -> Path:
+    """Where the directory is made: the asked-for one, or one beside the single file that vanishes again."""
+    if save is not None:
+        if save.suffix != ".pt":
+            raise OutputError(f"--save {save} does not end in .pt", remedy="give a file name such as quantized.pt")
+        if output is not None and save.resolve() == output.resolve():
+            raise OutputError(f"-o and --save are both {save}", remedy="give the file another name")
+        check_single_file(save, overwrite=overwrite)
+    target = output if output is not None else save.with_name(f".{save.name}.parts") if save is not None else Path()
+    check_output(target, prepared.checkpoint.path, overwrite=overwrite)
+    return target
