@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-PYTEST_ARGS ?=
+# a process for each core, one thread in each: the models of the tests are too small for more
+PYTEST_ARGS ?= -n auto --maxprocesses 8
 
 .PHONY: demo test check bench clean
 
@@ -15,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/alphaquant demo -o demo-output --overwrite
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -113,7 +113,7 @@ def print_result(report: dict[str, Any]) -> None:
     out.print(f"size   {human_bytes(sizes['before_bytes'])} → {human_bytes(sizes['after_bytes'])} ({ratio:.2f}×{bits})")
     out.print(f"audit  {audit['targeted']} targeted, {audit['quantized']} quantized, {audit['left']} left as they are")
     phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if phase != "total")
-    out.print(f"time   {seconds['total']:.1f} s ({phases})")
+    out.print(f"time   {seconds['total']:.1f} s ({phases})", soft_wrap=True)
     out.print(f"memory {human_bytes(report['peak_memory_bytes'])} at its peak")
     if report["events"]:
         out.print(f"events {len(report['events'])}, the first: {report['events'][0]}", soft_wrap=True)
