@@ -202,6 +202,8 @@ def test_fused_experts_are_read_as_single_ones(get: Callable[[str], Made], tmp_p
         out = torch.empty(source.shape(tensor), dtype=torch.bfloat16)
         source.read_into(tensor, out)
         assert out.equal(model.checkpoint.read(tensor).bfloat16()), tensor
+        assert source.read(tensor).equal(model.checkpoint.read(tensor)), tensor
+        assert source.info(tensor) == model.checkpoint.info(tensor)
 
 
 def test_a_fused_tensor_is_read_once_in_a_row(get: Callable[[str], Made], tmp_path: Path) -> None:
@@ -211,6 +213,10 @@ def test_a_fused_tensor_is_read_once_in_a_row(get: Callable[[str], Made], tmp_pa
     reads: list[str] = []
 
     class Counted(tiny.Source):
+        def read(self, name: str) -> Tensor:
+            reads.append(name)
+            return super().read(name)
+
         def read_into(self, name: str, out: Tensor) -> None:
             reads.append(name)
             super().read_into(name, out)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from alphaquant.checkpoint import Checkpoint
+from alphaquant.checkpoint import Checkpoint, TensorInfo
 from alphaquant.models import Decoder, ModelSpec, detect, load_decoder
 
 if TYPE_CHECKING:
@@ -115,6 +115,13 @@ class Source:
     def shape(self, name: str) -> tuple[int, ...]:
         tensor = self._changes.get(name)
         return self._checkpoint.info(name).shape if tensor is None else tuple(tensor.shape)
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(name, self.read(name).dtype, self.shape(name), self.read(name).nbytes)
+
+    def read(self, name: str) -> Tensor:
+        tensor = self._changes.get(name)
+        return self._checkpoint.read(name) if tensor is None else tensor
 
     def read_into(self, name: str, out: Tensor) -> None:
         tensor = self._changes.get(name)

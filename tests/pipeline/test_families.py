@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from alphaquant.checkpoint import Checkpoint
+from alphaquant.errors import CheckpointError
 from alphaquant.layouts import QuantizedCheckpoint
-from alphaquant.pipeline import evaluate_checkpoint, export_checkpoint, load
+from alphaquant.pipeline import evaluate_checkpoint, export_checkpoint, load, plan_sizes, prepare
+from alphaquant.plan import Plan
 
 from . import tiny
 from .spy import Spy
@@ -50,3 +55,38 @@ def test_shared_experts_are_asked_for_as_others_are(family, text, tmp_path):
     assert shared
     for module in shared:
         assert (module.effective_samples == pytest.approx(TOKENS)) is (family == "deepseek")
+
+
+MIXTURES = sorted(tiny.CONFIGS.keys() - {"llama"})
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_fused_experts_quantize_to_the_same_bytes(family, text, tmp_path):
+    twin = tiny.write_model(tmp_path / "model", family, dtype="bfloat16")
+    fused = tiny.write_fused(tmp_path / "fused", twin)
+    assert "model.layers.1.mlp.experts.gate_up_proj" in Checkpoint.open(fused).names()
+    plan = Plan.from_dict(tiny.SERVED_PLAN)
+    assert plan_sizes(prepare(fused, plan)) == plan_sizes(prepare(twin, plan))
+    for model in (twin, fused):
+        tiny.quantize(model, tmp_path / f"{model.name}-out", tiny.SERVED_PLAN, text)
+    ours, theirs = tmp_path / "fused-out", tmp_path / "model-out"
+    shards = sorted(path.name for path in theirs.glob("*.safetensors"))
+    assert len(shards) == 3
+    for name in (*shards, "model.safetensors.index.json", "config.json", "alphaquant/modules.json"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    for record in sorted((theirs / "alphaquant" / "records").iterdir()):
+        assert json.loads((ours / "alphaquant" / "records" / record.name).read_text()) == json.loads(record.read_text())
+    qualities = [
+        evaluate_checkpoint(ours, data=str(text), seqlen=32, max_windows=4, against=against)
+        for against in (twin, fused)
+    ]
+    assert qualities[0] == qualities[1]
+    assert torch.equal(load(fused).logits(tiny.token_ids()), load(twin).logits(tiny.token_ids()))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_transposed_fused_experts_are_refused_before_any_work(family, tmp_path):
+    twin = tiny.write_model(tmp_path / "model", family, intermediate_size=96, moe_intermediate_size=96)
+    fused = tiny.write_fused(tmp_path / "fused", twin, transposed=True)
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts\.gate_up_proj has shape \[8, 64, 192\]"):
+        prepare(fused, Plan.from_shorthand("int4:g32"))

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from alphaquant.models import ModelSpec, detect
@@ -147,6 +148,28 @@ def write_model(
         (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     if tokenizer:
         write_tokenizer(directory / "tokenizer.json")
+    return directory
+
+
+def write_fused(directory: Path, twin: Path, *, transposed: bool = False) -> Path:
+    """The same model as transformers 5 holds it: experts in 3-D, everything beside them under canonical names."""
+    shutil.copytree(twin, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((twin / "config.json").read_text())
+    spec, tensors = detect(config), load_file(twin / "model.safetensors")
+    for layer in range(spec.num_layers):
+        stacks = {}
+        for parameter in spec.parameters(layer):
+            names = spec.tensor_names(layer, parameter)
+            if parameter.num_experts:
+                stacks[parameter.role.rsplit(".", 1)[1]] = torch.stack([tensors.pop(name) for name in names])
+            elif spec.family == "mixtral":
+                tensors[f"model.layers.{layer}.{parameter.role}.{parameter.leaf}"] = tensors.pop(names[0])
+        if stacks:
+            at = f"model.layers.{layer}.mlp.experts"
+            gate_up = torch.cat([stacks["gate_proj"], stacks["up_proj"]], 1)
+            tensors[f"{at}.gate_up_proj"] = gate_up.transpose(1, 2).contiguous() if transposed else gate_up
+            tensors[f"{at}.down_proj"] = stacks["down_proj"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
 
 

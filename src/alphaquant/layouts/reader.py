@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from alphaquant.checkpoint import Checkpoint
+from alphaquant.checkpoint import Checkpoint, TensorInfo
 from alphaquant.errors import CheckpointError, PlanError
 from alphaquant.formats import Scheme, dequantize, parse_format
 from alphaquant.layouts.base import LAYOUTS, Layout
@@ -134,6 +134,30 @@ class QuantizedCheckpoint:
         """
         module = self.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         return module.shape if module is not None else self.checkpoint.info(name).shape
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and stored bytes of one logical tensor: float32 where it is de-quantized.
+
+        Raises:
+            CheckpointError: the checkpoint holds no such tensor.
+        """
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or module not in self.modules:
+            return self.checkpoint.info(name)
+        scheme, shape = self.modules[module]
+        stored = sum(self.checkpoint.info(each).num_bytes for each in self.layout.tensor_names(module, scheme))
+        return TensorInfo(name, torch.float32, shape, stored)
+
+    def read(self, name: str) -> Tensor:
+        """One logical tensor in the dtype that `info` gives.
+
+        Raises:
+            CheckpointError: there is no such tensor, or it is not what its scheme implies.
+        """
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or module not in self.modules:
+            return self.checkpoint.read(name)
+        return dequantize(self.read_quantized(module))
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Read one logical tensor into ``out``: the float32 weight of a quantized module, cast once to its dtype.

@@ -4,7 +4,15 @@ from alphaquant.models.decoder import Decoder, LayerWeights, attention_half, hea
 from alphaquant.models.families import FAMILIES, detect
 from alphaquant.models.spec import MLPSpec, ModelSpec, MoESpec, Parameter, Source
 from alphaquant.models.tap import Routing, Tap
-from alphaquant.models.weights import TensorSource, check_tensors, load_decoder, read_layer, read_outer, unfused
+from alphaquant.models.weights import (
+    TensorSource,
+    check_tensors,
+    load_decoder,
+    logical,
+    read_layer,
+    read_outer,
+    unfused,
+)
 
 __all__ = [
     "FAMILIES",
@@ -24,6 +32,7 @@ __all__ = [
     "head_input",
     "head_weight",
     "load_decoder",
+    "logical",
     "mlp_half",
     "read_layer",
     "read_outer",

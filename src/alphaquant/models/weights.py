@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -14,9 +16,10 @@ from alphaquant.models.decoder import Decoder, LayerWeights
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from alphaquant.checkpoint import TensorInfo
     from alphaquant.models.spec import ModelSpec, Parameter
 
-__all__ = ["TensorSource", "check_tensors", "load_decoder", "read_layer", "read_outer", "unfused"]
+__all__ = ["TensorSource", "check_tensors", "load_decoder", "logical", "read_layer", "read_outer", "unfused"]
 
 # buffers that old checkpoints carry and that follow from the config
 _KNOWN_BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
@@ -38,8 +41,27 @@ class TensorSource(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor."""
 
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and stored bytes of one tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its own dtype; not to be written to, since it may share the source's memory."""
+
     def read_into(self, name: str, out: Tensor) -> None:
         """Read one tensor into `out`, cast to its dtype."""
+
+
+def logical(source: TensorSource, spec: ModelSpec) -> TensorSource:
+    """The checkpoint as the family writes it, checked: what every step of a pipeline reads.
+
+    Experts may be stored one by one or fused; what is read has the family's names and one tensor for each expert.
+
+    Raises:
+        CheckpointError: names the missing, unread or misshapen tensors.
+    """
+    source = unfused(source, spec)
+    check_tensors(source, spec)
+    return source
 
 
 class _Part(NamedTuple):
@@ -67,17 +89,27 @@ class _Unfused:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name] if name in self._shapes else self._source.shape(name)
 
+    def info(self, name: str) -> TensorInfo:
+        if name not in self._parts:
+            return self._source.info(name)
+        whole, shape = self._source.info(self._parts[name].whole), self._shapes[name]
+        return replace(whole, name=name, shape=shape, num_bytes=whole.num_bytes * prod(shape) // prod(whole.shape))
+
+    def read(self, name: str) -> Tensor:
+        part = self._parts.get(name) or _Part(name)
+        if part.expert is None:
+            return self._source.read(part.whole)
+        if self._kept is None or self._kept[0] != part.whole:
+            self._kept = None  # before the next is made, so that two never lie in memory
+            self._kept = (part.whole, self._source.read(part.whole))
+        return self._kept[1][part.expert, part.rows]
+
     def read_into(self, name: str, out: Tensor) -> None:
         part = self._parts.get(name) or _Part(name)
         if part.expert is None:
             self._source.read_into(part.whole, out)
-            return
-        if self._kept is None or self._kept[0] != part.whole or self._kept[1].dtype != out.dtype:
-            self._kept = None  # before the next is made, so that two never lie in memory
-            whole_EOI = torch.empty(self._source.shape(part.whole), dtype=out.dtype)
-            self._source.read_into(part.whole, whole_EOI)
-            self._kept = (part.whole, whole_EOI)
-        out.copy_(self._kept[1][part.expert, part.rows])
+        else:
+            out.copy_(self.read(name))
 
 
 def unfused(source: TensorSource, spec: ModelSpec) -> TensorSource:
@@ -208,10 +240,9 @@ def read_outer(
 def load_decoder(
     source: TensorSource, spec: ModelSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """The whole model in memory, from experts that are stored one by one or fused."""
+    """The whole model in memory; `source` as for `logical`."""
     dtype = spec.dtype if dtype is None else dtype
-    source = unfused(source, spec)
-    check_tensors(source, spec)
+    source = logical(source, spec)
     layers = [read_layer(source, spec, index, dtype, device) for index in range(spec.num_layers)]
     return Decoder(spec, read_outer(source, spec, dtype, device), layers)
 

@@ -17,11 +17,11 @@ from alphaquant.models import (
     Decoder,
     ModelSpec,
     TensorSource,
-    check_tensors,
     detect,
     head_input,
     head_weight,
     load_decoder,
+    logical,
     read_layer,
     read_outer,
 )
@@ -129,8 +129,7 @@ def _require_sane(scores: WindowScores, path: Path) -> None:
 def _open(path: Path) -> tuple[TensorSource, ModelSpec]:
     source = open_source(path)
     spec = detect(source.config, str(path / "config.json"))
-    check_tensors(source, spec)
-    return source, spec
+    return logical(source, spec), spec
 
 
 @torch.no_grad()

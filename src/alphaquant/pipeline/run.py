@@ -17,7 +17,7 @@ import torch
 from alphaquant.calibration import TokenBatch, calibration_tokens, is_tokenised, load_tokenizer
 from alphaquant.checkpoint import Checkpoint
 from alphaquant.errors import AlphaQuantError, CheckpointError, NumericsError
-from alphaquant.models import check_tensors, detect, read_layer, read_outer
+from alphaquant.models import detect, logical, read_layer, read_outer
 from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
 from alphaquant.pipeline.layer import LayerQuantizer, QuantizedLayer
 from alphaquant.pipeline.records import KindSummary, LayerRecord, summarize
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from alphaquant.formats import Scheme
     from alphaquant.layouts import Layout
-    from alphaquant.models import ModelSpec
+    from alphaquant.models import ModelSpec, TensorSource
     from alphaquant.plan import Plan, ResolvedPlan
     from alphaquant.solver import Recipe
 
@@ -58,9 +58,13 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A checkpoint that was opened and checked, with its plan resolved: all that can fail without computing."""
+    """A checkpoint that was opened and checked, with its plan resolved: all that can fail without computing.
+
+    `source` gives the checkpoint's tensors under the family's names, however they are stored.
+    """
 
     checkpoint: Checkpoint
+    source: TensorSource
     spec: ModelSpec
     plan: Plan
     resolved: ResolvedPlan
@@ -92,9 +96,9 @@ def prepare(model: Path, plan: Plan) -> Prepared:
             f"{model} is quantized already", where="config.json, quantization_config", remedy="give the original model"
         )
     spec = detect(checkpoint.config, str(model / "config.json"))
-    check_tensors(checkpoint, spec)
+    source = logical(checkpoint, spec)
     scale_dtype = torch.float16 if spec.dtype is torch.float16 else torch.bfloat16
-    return Prepared(checkpoint, spec, plan, plan.resolve(list(spec.modules()), scale_dtype=scale_dtype))
+    return Prepared(checkpoint, source, spec, plan, plan.resolve(list(spec.modules()), scale_dtype=scale_dtype))
 
 
 def planned_layout(prepared: Prepared, name: str | None) -> Layout:
@@ -163,20 +167,20 @@ def quantize_checkpoint(
     def write(run: RunDir, names: list[str], result: QuantizedLayer) -> None:
         _require_finite(result.record)
         with clock("pack"):
-            tensors = shard_tensors(names, result.quantized, chosen, checkpoint.read)
+            tensors = shard_tensors(names, result.quantized, chosen, prepared.source.read)
         with clock("write"):
             run.add_shard(tensors)
 
     with RunDir.create(out, spec.num_layers + 1) as run:
         with clock("read"):
-            outer = read_outer(checkpoint, spec, work_dtype, device)
+            outer = read_outer(prepared.source, spec, work_dtype, device)
         embedding = quantizer.embedding(outer)
         x_NLD = None if tokens is None else embed(tokens.ids, outer["model.embed_tokens.weight"])
         records: list[LayerRecord] = []
         for layer in range(spec.num_layers):
             progress("read", layer, spec.num_layers)
             with clock("read"):
-                weights = read_layer(checkpoint, spec, layer, work_dtype, device)
+                weights = read_layer(prepared.source, spec, layer, work_dtype, device)
             result = quantizer.layer(layer, weights, x_NLD)
             del weights
             write(run, layer_names[layer], result)

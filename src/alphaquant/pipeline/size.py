@@ -30,7 +30,7 @@ def plan_sizes(prepared: Prepared) -> list[KindSize]:
     rows: dict[tuple[ModuleKind, str], list[int]] = {}
     for module in prepared.spec.modules():
         scheme = prepared.schemes[module.name]
-        info = prepared.checkpoint.info(f"{module.name}.weight")
+        info = prepared.source.info(f"{module.name}.weight")
         weights = module.out_features * module.in_features
         after = info.num_bytes
         if scheme is not None:
