@@ -30,6 +30,7 @@ ORDER = (
     ("models",),
     ("checkpoint",),
     ("solver",),
+    ("engines",),
     ("plan",),
     ("rules",),
     ("patterns",),
@@ -43,6 +44,7 @@ ONLY = {
     "checkpoint": {"errors"},
     "solver": {"formats", "numerics", "errors"},
     "models": {"checkpoint", "plan", "formats", "numerics", "errors"},  # and so not the solver
+    "engines": {"plan", "formats", "errors"},
     "numerics": set(),
 }
 # Slow or optional packages: never imported by importing alphaquant.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Task
 
+    from alphaquant.engines import Violation
     from alphaquant.errors import AlphaQuantError
     from alphaquant.evaluation import Quality
     from alphaquant.pipeline import KindSize
@@ -33,6 +34,7 @@ __all__ = [
     "print_quality",
     "print_result",
     "print_sizes",
+    "print_violations",
     "progress_bar",
 ]
 
@@ -91,6 +93,19 @@ def print_sizes(sizes: Sequence[KindSize]) -> None:
     _print_table(("kind", "format", "modules", "weights", "bits", "before", "after"), rows)
     before, after = sum(s.before_bytes for s in sizes), sum(s.after_bytes for s in sizes)
     out.print(f"total {human_bytes(before)} → {human_bytes(after)} ({before / after:.2f}× smaller)")
+
+
+def print_violations(engine: str, violations: Sequence[Violation]) -> None:
+    """What an engine would not take of a plan: module, rule, remedy."""
+    if not violations:
+        out.print(f"{engine} takes this plan")
+        return
+    out.print(f"{engine} would not take this plan, or get it silently wrong:")
+    for v in violations:
+        more = f" and {v.num_modules - 1:,} more" if v.num_modules > 1 else ""
+        out.print(Text.assemble((f"{v.module}{more}", "bold")), soft_wrap=True)
+        out.print(f"  rule    {v.rule}", soft_wrap=True)
+        out.print(f"  remedy  {v.remedy}", soft_wrap=True)
 
 
 def print_result(report: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from enum import Enum
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from alphaquant.engines import profile_of
 from alphaquant.errors import ConfigError, OutputError, PlanError
-from alphaquant.pipeline import check_writable
+from alphaquant.pipeline import Serving, check_writable
 from alphaquant.plan import Plan
 
 __all__ = [
@@ -20,15 +22,21 @@ __all__ = [
     "DType",
     "DTypeOpt",
     "DeviceOpt",
+    "Engine",
+    "EngineOpt",
     "Format",
+    "GpuOpt",
     "JsonOpt",
+    "LegalizeOpt",
     "ModelArg",
     "OverwriteOpt",
     "QuietOpt",
     "SchemeOpt",
+    "TpOpt",
     "check_single_file",
     "plan_from",
     "print_json",
+    "serving_from",
     "torch_device",
 ]
 
@@ -40,6 +48,14 @@ class DType(str, Enum):
     BF16 = "bf16"
     FP16 = "fp16"
     FP32 = "fp32"
+
+
+class Engine(str, Enum):
+    """The engine that is to serve the result; any: all of them."""
+
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
+    ANY = "any"
 
 
 class Format(str, Enum):
@@ -58,6 +74,16 @@ ConfigOpt = Annotated[Path | None, typer.Option("--config", help="Plan: a JSON f
 SchemeOpt = Annotated[str | None, typer.Option("--scheme", help="Plan in short: int4:g128, int3:g64:asym, mxfp4 …")]
 DeviceOpt = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DTypeOpt = Annotated[DType, typer.Option(help="Type of weights and activations while they are worked on.")]
+EngineOpt = Annotated[
+    Engine | None, typer.Option("--engine", help="Hold the plan against what this engine takes; any: all engines.")
+]
+TpOpt = Annotated[int, typer.Option("--tp", min=1, help="GPUs of tensor parallelism in the engine.")]
+GpuOpt = Annotated[
+    str | None, typer.Option("--gpu", help="The engine's GPU by compute capability: 8.0, 8.9, 9.0, 10.0 …")
+]
+LegalizeOpt = Annotated[
+    bool, typer.Option("--legalize", help="With --engine: raise what must share a format to the best of theirs.")
+]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it holds something.")]
@@ -72,6 +98,19 @@ def plan_from(config: Path | None, scheme: str | None, default: str | None = Non
     if scheme is None and default is None:
         raise PlanError("there is no plan", remedy="give --config FILE, or --scheme such as int4:g128")
     return Plan.from_shorthand(scheme or default or "")
+
+
+def serving_from(engine: Engine | None, tp: int, gpu: str | None, *, legalize: bool = False) -> Serving | None:
+    """Where the result is to be served; None where no engine is named."""
+    if engine is None:
+        for option, given in (("--tp", tp > 1), ("--gpu", gpu is not None), ("--legalize", legalize)):
+            if given:
+                raise ConfigError(f"{option} was given without an engine", remedy="add --engine vllm")
+        return None
+    found = None if gpu is None else re.fullmatch(r"(\d{1,2})\.(\d)", gpu)
+    if gpu is not None and found is None:
+        raise ConfigError(f"--gpu {gpu!r} is no compute capability", remedy="give one such as 8.0, 8.9 or 9.0")
+    return Serving(profile_of(engine.value), tp, None if found is None else 10 * int(found[1]) + int(found[2]))
 
 
 def torch_device(name: str) -> torch.device:

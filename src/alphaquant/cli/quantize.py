@@ -16,15 +16,20 @@ from alphaquant.cli.options import (
     DeviceOpt,
     DType,
     DTypeOpt,
+    EngineOpt,
     Format,
+    GpuOpt,
     JsonOpt,
+    LegalizeOpt,
     ModelArg,
     OverwriteOpt,
     QuietOpt,
     SchemeOpt,
+    TpOpt,
     check_single_file,
     plan_from,
     print_json,
+    serving_from,
     torch_device,
 )
 from alphaquant.errors import OutputError
@@ -62,6 +67,10 @@ def quantize(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws the windows.")] = 0,
     routing_weight: Annotated[float, typer.Option(min=0, help="Routed rows weigh their score to this power.")] = 1.0,
     layout: Annotated[Format, typer.Option("--format", help="Layout; auto: the most widely served.")] = Format.AUTO,
+    engine: EngineOpt = None,
+    tp: TpOpt = 1,
+    gpu: GpuOpt = None,
+    legalize: LegalizeOpt = False,
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = DType.AUTO,
     overwrite: OverwriteOpt = False,
@@ -79,9 +88,15 @@ def quantize(
     if output is None and save is None:
         raise OutputError("there is nothing to write to", remedy="give -o DIR, or --save FILE.pt, or both")
     prepared = prepare(resolve_model(model), plan_from(config, scheme))
-    print_notes(prepared.resolved.warnings, prepared.resolved.notes)
+    serving = serving_from(engine, tp, gpu, legalize=legalize)
+    changes: tuple[str, ...] = ()
+    if serving is not None and legalize:
+        prepared, changes = serving.legalized(prepared)
+    print_notes(prepared.resolved.warnings, [*prepared.resolved.notes, *changes])
     target = _output_directory(output, save, prepared, overwrite=overwrite)
     layout_name = None if layout is Format.AUTO else layout.value
+    if serving is not None:
+        layout_name = serving.layout(prepared, layout_name)
     run_device = torch_device(device)
     if dry_run:
         planned_layout(prepared, layout_name)

@@ -12,11 +12,21 @@ from alphaquant.formats.codec import (
 )
 from alphaquant.formats.grid import decode, encode, round_to_grid
 from alphaquant.formats.packing import pack_int32, pack_rows, unpack_int32, unpack_rows
-from alphaquant.formats.spec import FORMATS, UNQUANTIZED, ElementKind, Format, ScaleKind, Scheme, parse_format
+from alphaquant.formats.spec import (
+    FORMATS,
+    UNQUANTIZED,
+    Activation,
+    ElementKind,
+    Format,
+    ScaleKind,
+    Scheme,
+    parse_format,
+)
 
 __all__ = [
     "FORMATS",
     "UNQUANTIZED",
+    "Activation",
     "ElementKind",
     "Format",
     "QuantizedTensor",

@@ -15,7 +15,7 @@ from alphaquant.errors import PlanError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FORMATS", "UNQUANTIZED", "ElementKind", "Format", "ScaleKind", "Scheme", "parse_format"]
+__all__ = ["FORMATS", "UNQUANTIZED", "Activation", "ElementKind", "Format", "ScaleKind", "Scheme", "parse_format"]
 
 UNQUANTIZED = ("bf16", "none")
 """Names by which a plan leaves a module in the checkpoint's own precision."""
@@ -36,6 +36,14 @@ class ScaleKind(Enum):
     MODEL = "model"
     E8M0 = "e8m0"
     E4M3 = "e4m3"
+
+
+class Activation(Enum):
+    """What a linear's inputs are rounded to, token by token, as it runs: bfloat16 is left as it is."""
+
+    BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +144,7 @@ class Scheme:
         group_size: inputs that share a scale; -1 is one group a row (per channel).
         symmetric: False adds a zero point to every group; integers only.
         scale_dtype: storage type of scales whose kind is MODEL: bfloat16, float16 or float32.
+        activation: what the linear's inputs are rounded to.
 
     Raises:
         PlanError: the parts do not go together.
@@ -145,6 +154,7 @@ class Scheme:
     group_size: int
     symmetric: bool = True
     scale_dtype: torch.dtype = torch.bfloat16
+    activation: Activation = Activation.BF16
 
     def __post_init__(self) -> None:
         fmt = self.format
@@ -165,10 +175,18 @@ class Scheme:
                 f"scale dtype {self.scale_dtype} of {fmt} is not possible",
                 remedy="use torch.bfloat16, torch.float16 or torch.float32",
             )
+        if (reason := _unmultiplied(self)) is not None:
+            raise PlanError(
+                f"{self.activation.value} activations do not go with {self}: {reason}",
+                remedy='leave the activations in bf16 ("aq": "bf16"), or choose another weight format',
+            )
 
     def __str__(self) -> str:
         groups = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"{self.format} {groups}" + ("" if self.symmetric else " asym")
+        zero = "" if self.symmetric else " asym"
+        return f"{self.format} {groups}{zero}" + (
+            "" if self.activation is Activation.BF16 else f" ×{self.activation.value}"
+        )
 
     @property
     def scale_bits(self) -> int:
@@ -203,3 +221,20 @@ class Scheme:
         matrix_bits = 32 if self.format.scale is ScaleKind.E4M3 else 0
         groups = self.num_groups(in_features)
         return self.format.bits + groups * group_bits / in_features + matrix_bits / (out_features * in_features)
+
+
+def _unmultiplied(scheme: Scheme) -> str | None:
+    """Why no kernel multiplies these weights with inputs of the scheme's type, or None (humming-kernels' own rule)."""
+    fmt, activation = scheme.format, scheme.activation
+    if activation is Activation.BF16:
+        return None
+    if not scheme.symmetric:
+        return "a zero point would have to be taken off in the product"
+    if 0 < scheme.group_size < 32:
+        return "products of 8 bits need groups of 32 or more"
+    if activation is Activation.INT8:
+        return None if fmt.kind is ElementKind.INT else "integers are multiplied with integers"
+    if fmt.kind is ElementKind.INT:
+        return None if fmt.bits <= 4 else f"{fmt.bits} bits do not fit E4M3's mantissa"
+    fits = fmt.exponent_bits <= 4 and fmt.mantissa_bits <= 3
+    return None if fits else f"{fmt} has values that E4M3 has not"

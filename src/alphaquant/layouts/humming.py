@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from alphaquant.engines import FUSED
 from alphaquant.formats import ElementKind, QuantizedTensor, ScaleKind, pack_int32, unpack_int32
 from alphaquant.layouts.compressed_tensors import ignored_modules
 from alphaquant.layouts.names import NamePatterns
@@ -48,12 +49,7 @@ _E8M0: torch.dtype | None = getattr(torch, "float8_e8m0fnu", None)  # torch 2.7
 _SCALE_NAMES = {ScaleKind.E8M0: "float8e8m0", ScaleKind.E4M3: "float8e4m3"}
 
 # What an engine loads as one module, by the member's last name; its name must share the members' scheme.
-_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-_FUSED_OF = {member: fused for fused, members in _FUSED.items() for member in members}
+_FUSED_OF = {member: fused for fused, members in FUSED.items() for member in members}
 _EXPERT = re.compile(r"(.+\.experts)\.[0-9]+\.[^.]+")
 
 _Settings = tuple[tuple[str, Any], ...]
@@ -203,7 +199,7 @@ def _fused_modules(schemes: Mapping[str, Scheme | None]) -> dict[str, list[Schem
             found.setdefault(f"{parent}.{_FUSED_OF[leaf]}", []).append(scheme)
 
     def is_whole(name: str) -> bool:
-        return len(found[name]) == len(_FUSED.get(name.rpartition(".")[2], found[name]))
+        return len(found[name]) == len(FUSED.get(name.rpartition(".")[2], found[name]))
 
     return {name: members for name, members in found.items() if name not in schemes and is_whole(name)}
 

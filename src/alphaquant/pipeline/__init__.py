@@ -5,6 +5,7 @@ from alphaquant.pipeline.evaluate import evaluate_checkpoint, load
 from alphaquant.pipeline.records import KindSummary, LayerRecord, ModuleRecord, RoutingRecord
 from alphaquant.pipeline.run import Calibration, Prepared, QuantizeResult, planned_layout, prepare, quantize_checkpoint
 from alphaquant.pipeline.rundir import FOLDER, check_output, check_writable
+from alphaquant.pipeline.serving import Serving
 from alphaquant.pipeline.size import KindSize, plan_sizes
 from alphaquant.pipeline.stream import Progress
 
@@ -19,6 +20,7 @@ __all__ = [
     "Progress",
     "QuantizeResult",
     "RoutingRecord",
+    "Serving",
     "check_output",
     "check_writable",
     "evaluate_checkpoint",

@@ -43,6 +43,7 @@ __all__ = [
     "planned_layout",
     "prepare",
     "quantize_checkpoint",
+    "resolve_plan",
 ]
 
 
@@ -97,8 +98,17 @@ def prepare(model: Path, plan: Plan) -> Prepared:
         )
     spec = detect(checkpoint.config, str(model / "config.json"))
     source = logical(checkpoint, spec)
+    return Prepared(checkpoint, source, spec, plan, resolve_plan(plan, spec))
+
+
+def resolve_plan(plan: Plan, spec: ModelSpec) -> ResolvedPlan:
+    """The plan's table for this model, scales being stored in the model's own 16 bits.
+
+    Raises:
+        PlanError: it does not fit the model.
+    """
     scale_dtype = torch.float16 if spec.dtype is torch.float16 else torch.bfloat16
-    return Prepared(checkpoint, source, spec, plan, plan.resolve(list(spec.modules()), scale_dtype=scale_dtype))
+    return plan.resolve(list(spec.modules()), scale_dtype=scale_dtype)
 
 
 def planned_layout(prepared: Prepared, name: str | None) -> Layout:
