@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from alphaquant.checkpoint import write_json
 from alphaquant.pipeline import FOLDER, Calibration, check_output, evaluate_checkpoint, prepare, quantize_checkpoint
 from alphaquant.plan import Plan
-from alphaquant.report import write_report
+from alphaquant.report import QUALITY, write_report
 from alphaquant.solver import Effort, Method, Recipe
 
 if TYPE_CHECKING:
@@ -63,13 +63,11 @@ def run_demo(out: Path, *, overwrite: bool, progress: Progress) -> DemoResult:
 
         _, rounded = quantize(Path(scratch) / "rtn", Recipe(method=Method.RTN, effort=Effort.FAST))
         report, quantized = quantize(out, Recipe())
-        notes = []
         for name, quality in (("GPTQ", quantized), ("round-to-nearest", rounded)):
-            facts = asdict(quality)
-            path = out / FOLDER / "quality" / f"{name}.json"
+            facts = asdict(quality) | {"weights": name.replace("-", " "), "data": "bundled"}
+            path = out / FOLDER / QUALITY / f"{name}.json"
             path.parent.mkdir(exist_ok=True)
             write_json(path, facts | (facts.pop("agreement") or {}))
-            notes.append(path)
-    written = write_report(out, None, notes)
+    written = write_report(out)
     assert quantized.agreement is not None
     return DemoResult(quantized.agreement.original_perplexity, rounded, quantized, report, written)

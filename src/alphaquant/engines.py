@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Schemes = Mapping[str, Scheme | None]
 
-__all__ = ["FUSED", "PROFILES", "Legalized", "Profile", "TieGroup", "Violation", "profile_of"]
+__all__ = ["FUSED", "PROFILES", "Legalized", "Profile", "TieGroup", "Violation", "engine_notes", "profile_of"]
 
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -272,6 +272,15 @@ def profile_of(name: str) -> Profile:
     if name not in PROFILES:
         raise ConfigError(f"there is no engine {name!r}", remedy=f"known engines: {', '.join(PROFILES)}")
     return PROFILES[name]
+
+
+def engine_notes(schemes: Schemes, modules: Sequence[Module], layout: str) -> dict[str, list[str]]:
+    """For every single engine what it would not take of a directory in this layout, in words, on one GPU."""
+    return {
+        name: [str(violation) for violation in profile.violations(schemes, modules, layout=layout)]
+        for name, profile in PROFILES.items()
+        if name != "any"
+    }
 
 
 def _distinct(schemes: Schemes, modules: Sequence[Module]) -> list[tuple[Scheme, Module]]:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from alphaquant.cli.options import Format, OverwriteOpt, check_single_file
+from alphaquant.cli.options import Format, JsonOpt, OverwriteOpt, check_single_file, print_json
 from alphaquant.errors import OutputError
 from alphaquant.pipeline import export_checkpoint, save_single_file
-from alphaquant.report import human_bytes, write_report
+from alphaquant.report import human_bytes, write_comparison, write_report
 from alphaquant.terminal import out
 
 __all__ = ["export", "report"]
@@ -42,11 +42,27 @@ def export(
 
 
 def report(
-    directory: Annotated[Path, typer.Argument(metavar="OUT", help="Directory that `quantize` made.")],
+    directories: Annotated[list[Path], typer.Argument(metavar="OUT...", help="Directories that `quantize` made.")],
     *,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write; OUT/alphaquant.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Where to write.", show_default="OUT/alphaquant; of several: here"),
+    ] = None,
     quality: Annotated[list[Path] | None, typer.Option(help="JSON of `eval --json` to show; may be repeated.")] = None,
+    as_json: JsonOpt = False,
 ) -> None:
-    """Write report.html and report.md of a quantized directory."""
-    for path in write_report(directory, output, quality or []):
+    """Draw what a run did: report.html and report.md; of several runs comparison.html and comparison.md."""
+    if len(directories) == 1:
+        written = write_report(directories[0], output, quality or [])
+    elif quality:
+        raise OutputError(
+            "--quality with several directories: whose is it?",
+            remedy="measure with `alphaquant eval OUT --against MODEL`, which leaves the figures in OUT",
+        )
+    else:
+        written = write_comparison(directories, Path() if output is None else output)
+    if as_json:
+        print_json({"written": [str(path) for path in written]})
+        return
+    for path in written:
         out.print(f"written to {path}", soft_wrap=True)

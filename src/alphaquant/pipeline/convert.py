@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alphaquant.checkpoint import Checkpoint
+from alphaquant.engines import engine_notes
 from alphaquant.errors import CheckpointError, OutputError
 from alphaquant.layouts import LAYOUTS, MODULES_FILE, DenseLayout, QuantizedCheckpoint, choose_layout
 from alphaquant.models import detect
@@ -105,7 +106,10 @@ def export_checkpoint(source: Path, out: Path, layout_name: str | None, *, overw
             name = note.relative_to(source / FOLDER).as_posix()
             if name not in ("manifest.json", "modules.json"):
                 content = _read_note(note)
-                run.write_note(name, _restated(content, layout, run.num_bytes) if name == "report.json" else content)
+                if name == "report.json":
+                    engines = engine_notes(schemes, list(spec.modules()), layout.name)
+                    content = _restated(content, layout, run.num_bytes) | {"engines": engines}
+                run.write_note(name, content)
         run.finish(checkpoint.config, source, spec, layout, schemes)
     return run.num_bytes
 

@@ -16,6 +16,7 @@ import torch
 
 from alphaquant.calibration import TokenBatch, calibration_tokens, is_tokenised, load_tokenizer
 from alphaquant.checkpoint import Checkpoint
+from alphaquant.engines import engine_notes
 from alphaquant.errors import AlphaQuantError, CheckpointError, NumericsError
 from alphaquant.models import detect, logical, read_layer, read_outer
 from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
@@ -230,6 +231,7 @@ def quantize_checkpoint(
             "sizes": _sizes(checkpoint, run, records),
             "summary": [asdict(row) for row in summary],
             "audit": audit,
+            "engines": engine_notes(schemes, list(spec.modules()), chosen.name),
             "events": [{"module": m.name, "event": m.event} for r in records for m in r.modules if m.event is not None],
             "warnings": [*prepared.resolved.warnings, *(tokens.warnings if tokens is not None else ())],
             "notes": list(prepared.resolved.notes),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from alphaquant.report.render import human_bytes, write_report
+from alphaquant.report.render import QUALITY, write_comparison, write_report
+from alphaquant.report.text import human_bytes
 
-__all__ = ["human_bytes", "write_report"]
+__all__ = ["QUALITY", "human_bytes", "write_comparison", "write_report"]

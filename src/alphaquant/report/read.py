@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime  # noqa: TC003  (pydantic reads it)
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -16,7 +16,6 @@ from alphaquant.pipeline.rundir import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
 __all__ = ["QualityRow", "Run", "RunReport", "read_quality", "read_run"]
 
@@ -83,35 +82,39 @@ class Event(_Part):
 
 
 class RunReport(_Part):
-    """The content of alphaquant/report.json."""
+    """The content of alphaquant/report.json; what has a default is missing from the reports of some versions."""
 
     alphaquant: str
-    torch: str
     created: datetime
-    command: str
     model: ModelFacts
     layout: str
-    recipe: dict[str, Any]
-    calibration: CalibrationFacts | None
-    device: str
-    dtype: str
     sizes: Sizes
-    summary: list[KindSummary]
     audit: Audit
-    events: list[Event]
-    warnings: list[str]
-    notes: list[str]
-    seconds: dict[str, float]
-    peak_memory_bytes: int
+    torch: str = "unknown"
+    command: str = ""
+    recipe: dict[str, Any] = {}
+    calibration: CalibrationFacts | None = None
+    device: str = "unknown"
+    dtype: str = "unknown"
+    summary: list[KindSummary] = []
+    events: list[Event] = []
+    warnings: list[str] = []
+    notes: list[str] = []
+    seconds: dict[str, float] = {}
+    peak_memory_bytes: int | None = None
+    engines: dict[str, list[str]] | None = None
+    """For every engine what it would not take of this directory; None where that was not looked at."""
 
 
 class Measured(_Part):
-    """What `alphaquant eval --json` prints; the last four only with --against."""
+    """What `alphaquant eval --json` prints; from `kl` on only with --against."""
 
     perplexity: float
     stderr: float
     tokens: int
     windows: int
+    weights: str | None = None
+    data: str | None = None
     kl: float | None = None
     kl_stderr: float | None = None
     top1_agreement: float | None = None
@@ -120,7 +123,7 @@ class Measured(_Part):
 
 @dataclass(frozen=True, slots=True)
 class QualityRow:
-    """A measurement and the name of its file."""
+    """A measurement and what it is called: by what was measured, else by its file."""
 
     label: str
     measured: Measured
@@ -136,6 +139,7 @@ class QualityRow:
 class Run:
     """Everything that a report shows of a run; layers in order, embedding and head apart."""
 
+    directory: Path
     report: RunReport
     plan: dict[str, Any]
     layers: list[LayerRecord]
@@ -175,18 +179,18 @@ def read_run(directory: Path) -> Run:
             raise CheckpointError("routing lists differ in length", where=str(file), remedy=remedy)
         records.append(record)
     found = sum(len(record.modules) for record in records)
-    if found != report.audit.quantized:
+    if records and found != report.audit.quantized:
         raise CheckpointError(
             f"the records hold {found} modules, report.json says {report.audit.quantized}",
             where=str(folder / "records"),
             remedy="quantize again: files of this folder are missing or of another run",
         )
     layers = sorted((r for r in records if r.layer is not None), key=lambda r: r.layer or 0)
-    return Run(report, plan, layers, [r for r in records if r.layer is None])
+    return Run(directory, report, plan, layers, [r for r in records if r.layer is None])
 
 
 def read_quality(paths: Sequence[Path]) -> list[QualityRow]:
-    """Read measurements that `eval --json` made; each is labelled by its file's name.
+    """Read measurements that `eval` made.
 
     Raises:
         CheckpointError: a file is missing or malformed.
@@ -196,7 +200,7 @@ def read_quality(paths: Sequence[Path]) -> list[QualityRow]:
     for path in paths:
         # a broken model's perplexity is infinite, and says so
         measured = _check(_read_json(path, remedy, allow_nan=True), TypeAdapter(Measured), path, remedy)
-        rows.append(QualityRow(path.stem.encode(errors="replace").decode(), measured))
+        rows.append(QualityRow(measured.weights or path.stem.encode(errors="replace").decode(), measured))
     return rows
 
 
