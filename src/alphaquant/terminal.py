@@ -7,14 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from alphaquant.report import human_bytes
+from alphaquant.pipeline import peak_memory_bytes
+from alphaquant.report import human_bytes, short
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Any
 
     from rich.progress import Task
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from alphaquant.pipeline import Progress as Report
 
 __all__ = [
+    "Meter",
     "err",
     "out",
     "print_comparison",
@@ -170,41 +172,84 @@ def print_comparison(original: float, results: dict[str, Quality]) -> None:
     out.print(table(("weights", "", "perplexity", "change", "KL", "same top-1"), rows))
 
 
-class _Remaining(ProgressColumn):
-    """Time left, from the layers that are done; nothing before the first is."""
+class Meter:
+    """What can be told of a pass over the layers from the calls so far; a layer number that falls begins another pass.
 
-    def render(self, task: Task) -> Text:
-        if not task.completed or task.total is None or task.elapsed is None:
+    Args:
+        now: seconds of a clock that never goes back.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._layer = self._first = self._num_layers = self._tokens = 0
+        self._begun = self._entered = self._since = now()
+        self.rate: float | None = None
+        """Tokens a second of the last phase that worked through tokens and is over."""
+
+    def begin(self, layer: int, num_layers: int, tokens: int) -> None:
+        """A phase begins, and so the one before it is over."""
+        now = self._now()
+        if self._tokens:
+            self.rate = self._tokens / max(now - self._since, 1e-9)
+        if layer < self._layer or num_layers != self._num_layers:
+            self._begun, self._first, self._entered = now, layer, now
+        elif layer > self._layer:
+            self._entered = now
+        self._layer, self._num_layers, self._tokens, self._since = layer, num_layers, tokens, now
+
+    def remaining(self) -> float | None:
+        """Seconds to the end of this pass, by the mean of the layers that it has finished; None before the first."""
+        done = self._layer - self._first
+        if done <= 0:
+            return None
+        left = (self._entered - self._begun) / done * (self._num_layers - self._layer)
+        return max(0.0, left - (self._now() - self._entered))
+
+
+class _Remaining(ProgressColumn):
+    """Time left of this pass."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__()
+        self._meter = meter
+
+    def render(self, task: Task) -> Text:  # noqa: ARG002  (rich's signature)
+        left = self._meter.remaining()
+        if left is None:
             return Text("ETA –", style="dim")
-        left = task.elapsed / task.completed * (task.total - task.completed)
-        return Text(f"ETA {left / 60:.0f}:{left % 60:02.0f}", style="dim")
+        seconds = round(left)
+        hours = f"{seconds // 3600}:" if seconds >= 3600 else ""
+        return Text(f"ETA {hours}{seconds % 3600 // 60:{'02d' if hours else 'd'}}:{seconds % 60:02d}", style="dim")
+
+
+class _Memory(ProgressColumn):
+    """Most memory that the process had so far."""
+
+    def render(self, task: Task) -> Text:  # noqa: ARG002  (rich's signature)
+        return Text(f"peak {human_bytes(peak_memory_bytes())}", style="dim")
 
 
 @contextmanager
 def progress_bar(title: str, *, quiet: bool = False) -> Iterator[Report]:
-    """A bar over layers with phase, tokens a second and time left; nothing where standard error is no terminal."""
+    """A bar over layers with phase, tokens a second, time left and memory; nothing where there is no terminal."""
+    meter = Meter()
     columns = (
-        SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=14),
         TextColumn("{task.fields[layer]}"),
-        TextColumn("{task.fields[phase]:<10}"),
+        TextColumn("{task.fields[phase]:<9}"),
         TextColumn("{task.fields[rate]}"),
-        _Remaining(),
+        _Remaining(meter),
+        _Memory(),
     )
     with Progress(*columns, console=err, transient=True, disable=quiet or not err.is_terminal) as bar:
         task = bar.add_task(title, total=None, layer="", phase="", rate="")
-        previous: tuple[int, float] | None = None
 
         def report(phase: str, layer: int, num_layers: int, tokens: int = 0) -> None:
-            nonlocal previous
-            now = time.monotonic()
-            rate = ""
-            if previous is not None and previous[0]:
-                rate = f"{previous[0] / max(now - previous[1], 1e-9):,.0f} tokens/s"
-            previous = (tokens, now)
-            fields = {"layer": f"layer {layer + 1}/{num_layers}", "phase": phase, "rate": rate}
-            bar.tasks[0].fields.update({name: text for name, text in fields.items() if text})
-            bar.update(task, total=num_layers, completed=layer)
+            meter.begin(layer, num_layers, tokens)
+            rate = "" if meter.rate is None else f"{short(meter.rate).replace(' ', '')} tok/s"
+            bar.update(
+                task, total=num_layers, completed=layer, layer=f"{layer + 1}/{num_layers}", phase=phase, rate=rate
+            )
 
         yield report

@@ -24,6 +24,7 @@ def export(
         Format | None, typer.Option("--format", help="Layout to convert to.", show_default="dense")
     ] = None,
     overwrite: OverwriteOpt = False,
+    as_json: JsonOpt = False,
 ) -> None:
     """Convert a quantized directory to another layout, losslessly from its codes, or gather it in one .pt file."""
     if output.suffix == ".pt":
@@ -38,7 +39,10 @@ def export(
     else:
         name = Format.DENSE.value if layout is None else layout.value
         size = export_checkpoint(directory, output, None if layout is Format.AUTO else name, overwrite=overwrite)
-    out.print(f"written to {output} ({human_bytes(size)})", soft_wrap=True)
+    if as_json:
+        print_json({"written": [str(output)], "bytes": size})
+    else:
+        out.print(f"written to {output} ({human_bytes(size)})", soft_wrap=True)
 
 
 def report(

@@ -3,7 +3,15 @@
 from alphaquant.pipeline.convert import export_checkpoint, save_single_file
 from alphaquant.pipeline.evaluate import evaluate_checkpoint, load
 from alphaquant.pipeline.records import KindSummary, LayerRecord, ModuleRecord, RoutingRecord
-from alphaquant.pipeline.run import Calibration, Prepared, QuantizeResult, planned_layout, prepare, quantize_checkpoint
+from alphaquant.pipeline.run import (
+    Calibration,
+    Prepared,
+    QuantizeResult,
+    peak_memory_bytes,
+    planned_layout,
+    prepare,
+    quantize_checkpoint,
+)
 from alphaquant.pipeline.rundir import FOLDER, check_output, check_writable
 from alphaquant.pipeline.serving import Serving
 from alphaquant.pipeline.size import KindSize, plan_sizes
@@ -26,6 +34,7 @@ __all__ = [
     "evaluate_checkpoint",
     "export_checkpoint",
     "load",
+    "peak_memory_bytes",
     "plan_sizes",
     "planned_layout",
     "prepare",

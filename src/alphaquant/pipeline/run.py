@@ -41,6 +41,7 @@ __all__ = [
     "Prepared",
     "QuantizeResult",
     "compute_dtype",
+    "peak_memory_bytes",
     "planned_layout",
     "prepare",
     "quantize_checkpoint",
