@@ -1,5 +1,6 @@
 # make demo   set up, quantize the bundled model, print the table, write the report
 # make test   set up, run the tests
+# make test-tasks  the tests that need lm-eval, in an environment of its own
 # make check  lint, format, types
 # make bench  the benchmarks that need nothing but this repository
 
@@ -10,13 +11,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # a process for each core, one thread in each: the models of the tests are too small for more
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 
-.PHONY: demo test check bench clean
+.PHONY: demo test test-tasks check bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/alphaquant demo -o demo-output --overwrite
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-tasks: $(VENV)-tasks/.installed
+	OMP_NUM_THREADS=1 $(VENV)-tasks/bin/python -m pytest -p no:cacheprovider tests/pipeline/test_tasks.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -37,5 +41,14 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	touch $@
 
+# lm-eval brings forty packages: beside ours, which it sees, not among them
+$(VENV)-tasks/.installed: $(VENV)/.installed-dev
+	$(PYTHON) -m venv $(VENV)-tasks
+	$(VENV)-tasks/bin/python -c "import sysconfig, pathlib, sys; \
+		pathlib.Path(sysconfig.get_path('purelib'), 'base.pth').write_text(f'import site; site.addsitedir({sys.argv[1]!r})')" \
+		"$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
+	$(VENV)-tasks/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt lm-eval
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tasks demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from importlib.resources import as_file, files
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from alphaquant.checkpoint import write_json
-from alphaquant.pipeline import FOLDER, Calibration, check_output, evaluate_checkpoint, prepare, quantize_checkpoint
+from alphaquant.pipeline import (
+    Calibration,
+    check_output,
+    evaluate_checkpoint,
+    keep_quality,
+    prepare,
+    quality_facts,
+    quantize_checkpoint,
+    rounded_quality,
+)
 from alphaquant.plan import Plan
-from alphaquant.report import QUALITY, write_report
-from alphaquant.solver import Effort, Method, Recipe
+from alphaquant.report import write_report
+from alphaquant.solver import Recipe
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from alphaquant.evaluation import Quality
     from alphaquant.pipeline import Progress
 
@@ -40,34 +47,30 @@ def run_demo(out: Path, *, overwrite: bool, progress: Progress) -> DemoResult:
     Raises:
         OutputError: `out` holds something else, or cannot be written.
     """
-    with as_file(files("alphaquant") / "data") as data, TemporaryDirectory() as scratch:
+    with as_file(files("alphaquant") / "data") as data:
         model = data / "demo-model"
         prepared = prepare(model, Plan.load(data / "demo-plan.json"))
         check_output(out, model, overwrite=overwrite)
-        calibration = Calibration("bundled", num_samples=128, seqlen=_SEQLEN, seed=0)
 
-        def quantize(target: Path, recipe: Recipe) -> tuple[dict[str, Any], Quality]:
-            result = quantize_checkpoint(
-                prepared,
-                target,
-                recipe=recipe,
-                calibration=calibration if recipe.method is Method.GPTQ else None,
-                overwrite=overwrite,
-                progress=progress,
-                command=f"alphaquant demo -o {out}",
+        def measure(directory: Path) -> Quality:
+            return evaluate_checkpoint(
+                directory, data="bundled", seqlen=_SEQLEN, max_windows=_WINDOWS, against=model, progress=progress
             )
-            quality = evaluate_checkpoint(
-                target, data="bundled", seqlen=_SEQLEN, max_windows=_WINDOWS, against=model, progress=progress
-            )
-            return result.report, quality
 
-        _, rounded = quantize(Path(scratch) / "rtn", Recipe(method=Method.RTN, effort=Effort.FAST))
-        report, quantized = quantize(out, Recipe())
-        for name, quality in (("GPTQ", quantized), ("round-to-nearest", rounded)):
-            facts = asdict(quality) | {"weights": name.replace("-", " "), "data": "bundled"}
-            path = out / FOLDER / QUALITY / f"{name}.json"
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, facts | (facts.pop("agreement") or {}))
+        rounded = rounded_quality(prepared, measure, progress=progress)
+        result = quantize_checkpoint(
+            prepared,
+            out,
+            recipe=Recipe(),
+            calibration=Calibration("bundled", num_samples=128, seqlen=_SEQLEN, seed=0),
+            overwrite=overwrite,
+            progress=progress,
+            command=f"alphaquant demo -o {out}",
+        )
+        quantized = measure(out)
+    for name, quality in (("GPTQ", quantized), ("round to nearest", rounded)):
+        facts = quality_facts(quality) | {"weights": name, "data": "bundled"}
+        keep_quality(out, name.replace(" ", "-"), facts)
     written = write_report(out)
     assert quantized.agreement is not None
-    return DemoResult(quantized.agreement.original_perplexity, rounded, quantized, report, written)
+    return DemoResult(quantized.agreement.original_perplexity, rounded, quantized, result.report, written)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from alphaquant.engines import Violation
     from alphaquant.errors import AlphaQuantError
     from alphaquant.evaluation import Quality
-    from alphaquant.pipeline import KindSize
+    from alphaquant.pipeline import KindSize, Metric
     from alphaquant.pipeline import Progress as Report
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "print_quality",
     "print_result",
     "print_sizes",
+    "print_tasks",
     "print_violations",
     "progress_bar",
 ]
@@ -152,6 +153,12 @@ def print_quality(name: str, quality: Quality) -> None:
             f"same top-1 for {100 * agreement.top1_agreement:.2f}%",
             soft_wrap=True,
         )
+
+
+def print_tasks(metrics: Sequence[Metric]) -> None:
+    """Figures of tasks, each with its standard error."""
+    rows = [(m.task, m.metric, f"{m.value:.4f}", "" if m.stderr is None else f"± {m.stderr:.4f}") for m in metrics]
+    _print_table(("task", "metric", "value", ""), rows)
 
 
 def print_comparison(original: float, results: dict[str, Quality]) -> None:

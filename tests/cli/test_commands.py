@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -243,6 +244,27 @@ def test_eval(works, quantized, olmoe, other_text):
     assert re.search(
         r"original [\d.]+ \([+-][\d.]+%\), KL [\d.]+ ± [\d.]+ nats a token", works(*args, "--against", olmoe).out
     )
+
+
+def test_eval_is_kept_for_the_report(works, fails, quantized, olmoe, other_text, tmp_path):
+    out = shutil.copytree(quantized, tmp_path / "out")
+    args = ("eval", out, "--data", other_text, "--seqlen", 32, "--windows", 7, "--against", olmoe, "--rtn")
+    facts = json.loads(works(*args, "--json").out)
+    assert facts["rtn"]["kl"] > facts["kl"] > 0
+    assert facts["rtn"]["original_perplexity"] == facts["original_perplexity"]
+    kept = {path.stem: json.loads(path.read_text()) for path in (out / "alphaquant" / "quality").iterdir()}
+    assert {name: k["kl"] for name, k in kept.items()} == {
+        other_text.stem: facts["kl"],
+        f"{other_text.stem}-rtn": facts["rtn"]["kl"],
+    }
+    works("report", out)
+    page = (out / "alphaquant" / "report.md").read_text()
+    assert f"{facts['kl']:.5f}" in page
+    assert f"{facts['rtn']['kl']:.5f}" in page
+    assert "rounded to nearest: perplexity" in works(*args).out
+    fails("eval", out, "--rtn", says=("--rtn was given without an original", "--against"))
+    fails("eval", olmoe, "--against", olmoe, "--rtn", says=("holds no plan",))
+    fails("eval", out, "--limit", 3, says=("--limit was given without tasks", "--tasks"))
 
 
 def test_export(works, quantized, tmp_path):

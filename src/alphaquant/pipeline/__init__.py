@@ -2,6 +2,7 @@
 
 from alphaquant.pipeline.convert import export_checkpoint, save_single_file
 from alphaquant.pipeline.evaluate import evaluate_checkpoint, load
+from alphaquant.pipeline.quality import QUALITY, keep_quality, plan_of, quality_facts, rounded_quality
 from alphaquant.pipeline.records import KindSummary, LayerRecord, ModuleRecord, RoutingRecord
 from alphaquant.pipeline.run import (
     Calibration,
@@ -16,13 +17,16 @@ from alphaquant.pipeline.rundir import FOLDER, check_output, check_writable
 from alphaquant.pipeline.serving import Serving
 from alphaquant.pipeline.size import KindSize, plan_sizes
 from alphaquant.pipeline.stream import Progress
+from alphaquant.pipeline.tasks import Metric, evaluate_tasks
 
 __all__ = [
     "FOLDER",
+    "QUALITY",
     "Calibration",
     "KindSize",
     "KindSummary",
     "LayerRecord",
+    "Metric",
     "ModuleRecord",
     "Prepared",
     "Progress",
@@ -32,12 +36,17 @@ __all__ = [
     "check_output",
     "check_writable",
     "evaluate_checkpoint",
+    "evaluate_tasks",
     "export_checkpoint",
+    "keep_quality",
     "load",
     "peak_memory_bytes",
+    "plan_of",
     "plan_sizes",
     "planned_layout",
     "prepare",
+    "quality_facts",
     "quantize_checkpoint",
+    "rounded_quality",
     "save_single_file",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alphaquant.report.render import QUALITY, write_comparison, write_report
+from alphaquant.report.render import write_comparison, write_report
 from alphaquant.report.text import human_bytes, short
 
-__all__ = ["QUALITY", "human_bytes", "short", "write_comparison", "write_report"]
+__all__ = ["human_bytes", "short", "write_comparison", "write_report"]

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from alphaquant.checkpoint import write_text
 from alphaquant.errors import OutputError
+from alphaquant.pipeline.quality import QUALITY
 from alphaquant.pipeline.rundir import FOLDER
 from alphaquant.report.charts import event_rows, phases, quality_chart, remarks, serve, total_seconds
 from alphaquant.report.compare import comparison
@@ -24,10 +25,7 @@ if TYPE_CHECKING:
 
     from alphaquant.report.read import QualityRow, Run
 
-__all__ = ["QUALITY", "write_comparison", "write_report"]
-
-QUALITY = "quality"
-"""Folder beside the records in which measurements of quality are kept."""
+__all__ = ["write_comparison", "write_report"]
 
 _MAX_EVENT_ROWS = 500
 
