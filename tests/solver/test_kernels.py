@@ -70,9 +70,7 @@ def test_walk(scheme: Scheme) -> None:
     cols, feedback, _ = columns(scheme)
     for start, end in ((0, COLUMNS), (16, 29)):
         found = [cols.w_EIO.clone(), torch.zeros_like(cols.w_EIO), torch.zeros_like(cols.w_EIO)]
-        kernels.walk_block(
-            found[0], cols.w_EIO, cols.step_EIO, cols.zero_EIO, feedback, *found[1:], start, end, scheme.format
-        )
+        kernels.walk_block(found[0], cols, feedback, *found[1:], slice(start, end), scheme.format)
         assert same(found, walked(cols, feedback, scheme, start, end))
 
 
@@ -83,7 +81,7 @@ def test_descent(scheme: Scheme) -> None:
     for start, end in ((0, COLUMNS), (16, 29)):
         q, value = start_q.clone(), torch.zeros_like(start_q)
         gradient = torch.bmm(h, cols.w_EIO - q)
-        moved = kernels.descend_block(gradient, q, cols.step_EIO, cols.zero_EIO, h, value, start, end, scheme.format)
+        moved = kernels.descend_block(gradient, q, cols, h, value, slice(start, end), scheme.format)
         assert same([value, q, moved], descended(cols, start_q, h, scheme, start, end))
 
 

@@ -43,7 +43,7 @@ from alphaquant.pipeline import (
     quantize_checkpoint,
     save_single_file,
 )
-from alphaquant.solver import Effort, Method, Recipe
+from alphaquant.solver import Backend, Effort, Method, Recipe
 from alphaquant.terminal import out, print_notes, print_result, print_sizes, progress_bar
 
 __all__ = ["quantize"]
@@ -66,6 +66,9 @@ def quantize(
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws the windows.")] = 0,
     routing_weight: Annotated[float, typer.Option(min=0, help="Routed rows weigh their score to this power.")] = 1.0,
+    kernels: Annotated[
+        Backend, typer.Option(help="Inner loops by Triton or torch; auto: Triton on a GPU.")
+    ] = Backend.AUTO,
     layout: Annotated[Format, typer.Option("--format", help="Layout; auto: the most widely served.")] = Format.AUTO,
     engine: EngineOpt = None,
     tp: TpOpt = 1,
@@ -111,7 +114,7 @@ def quantize(
         result = quantize_checkpoint(
             prepared,
             target,
-            recipe=Recipe(method=method, effort=effort, routing_power=routing_weight),
+            recipe=Recipe(method=method, effort=effort, routing_power=routing_weight, backend=kernels),
             calibration=calibration,
             layout=layout_name,
             device=run_device,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from alphaquant.models import Source
-from alphaquant.solver import EvidenceSum, HessianSum
+from alphaquant.solver import Backend, EvidenceSum, HessianSum
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -24,9 +24,17 @@ class Collector:
         parameters: the layer's; they say how wide each source is and how many experts read it.
         wanted: sources whose linears are to be quantized.
         routing_power: rows of routed sources weigh their score to this power.
+        backend: what sums the Hessians.
     """
 
-    def __init__(self, parameters: Iterable[Parameter], wanted: Collection[Source], routing_power: float) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Parameter],
+        wanted: Collection[Source],
+        routing_power: float,
+        backend: Backend = Backend.AUTO,
+    ) -> None:
+        self._backend = backend
         self._power = routing_power
         self._widths = {p.source: (p.num_experts or 1, p.shape[-1]) for p in parameters if p.source is not None}
         self._wanted = wanted
@@ -43,5 +51,5 @@ class Collector:
             self.experts.add(counts, score_R)
         if source in self._wanted:
             if source not in self.hessians:
-                self.hessians[source] = HessianSum(*self._widths[source], self._power, x.device)
+                self.hessians[source] = HessianSum(*self._widths[source], self._power, x.device, self._backend)
             self.hessians[source].add(x.flatten(0, -2), counts, score_R)

@@ -80,7 +80,8 @@ class LayerQuantizer:
         routing: RoutingRecord | None = None
         for half, in_half in ((attend, True), (feed, False)):
             stacks = self._stacks(layer, [p for p in parameters if (p.source in _ATTENTION) == in_half])
-            collector = Collector(parameters, {stack.source for stack in stacks}, self.recipe.routing_power)
+            sources = {stack.source for stack in stacks}
+            collector = Collector(parameters, sources, self.recipe.routing_power, self.recipe.backend)
             # with nothing to solve the pass is still worth its time for what it shows of the experts
             if x_NLD is not None and (stacks or isinstance(self.spec.layers[layer].mlp, MoESpec)):
                 self._tell("calibrate", layer, x_NLD)
@@ -122,7 +123,7 @@ class LayerQuantizer:
             return result
         hessian = None
         if x_NLD is not None:
-            hessian = HessianSum(1, self.spec.hidden_size, 1.0, x_NLD.device)
+            hessian = HessianSum(1, self.spec.hidden_size, 1.0, x_NLD.device, self.recipe.backend)
             with self.clock("calibrate"):
                 for cut in chunks(*x_NLD.shape[:2]):
                     hessian.add(head_input(x_NLD[cut], outer, self.spec).flatten(0, 1))

@@ -1,5 +1,6 @@
 """The method: Hessians, factors, scales, GPTQ and its refinement, as pure functions batched over experts."""
 
+from alphaquant.solver.backend import Backend
 from alphaquant.solver.factor import Factor, damp, factorize
 from alphaquant.solver.gptq import Solution, solve
 from alphaquant.solver.hessian import Evidence, EvidenceSum, HessianSum
@@ -9,6 +10,7 @@ from alphaquant.solver.rtn import hessian_loss, round_to_nearest
 from alphaquant.solver.scales import Scales, absmax_scales, search_scales
 
 __all__ = [
+    "Backend",
     "Effort",
     "Evidence",
     "EvidenceSum",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alphaquant.formats import QuantizedTensor, encode, quantize_values
+from alphaquant.solver.backend import Backend, kernels_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,7 +79,14 @@ class Columns:
         return quantize_values(target_EO, self.step_EIO[:, column], zero, scheme.format)
 
 
-def solve(w_EOI: Tensor, factor: Factor, scheme: Scheme, scales: Scales, block_size: int = 128) -> Solution:
+def solve(
+    w_EOI: Tensor,
+    factor: Factor,
+    scheme: Scheme,
+    scales: Scales,
+    block_size: int = 128,
+    backend: Backend = Backend.AUTO,
+) -> Solution:
     """Quantize weights column by column with error feedback, scales fixed beforehand.
 
     With `H = M D Mᵀ`: `t_j = w_j + Σ_{k<j} (w_k - q_k) M[k, j]`, `q_j = round(t_j)`, loss `Σ_j D_j (t_j - q_j)²`: the
@@ -91,11 +99,13 @@ def solve(w_EOI: Tensor, factor: Factor, scheme: Scheme, scales: Scales, block_s
         scheme: number format and groups.
         scales: from `alphaquant.solver.scales`.
         block_size: columns that are walked before their error reaches the rest; changes speed only.
+        backend: what walks the columns of a block.
     """
+    kernels = kernels_for(w_EOI, backend)
     columns = Columns.of(w_EOI, scales, scheme, factor.order_EI)
     target_EIO = columns.w_EIO.clone()
     value_EIO, error_EIO = torch.empty_like(target_EIO), torch.empty_like(target_EIO)
-    feedback = factor.feedback_EII
+    feedback = factor.feedback_EII if kernels is None else factor.feedback_EII.contiguous()
     size = w_EOI.shape[2]
 
     def push(start: int, mid: int, end: int) -> None:
@@ -118,6 +128,11 @@ def solve(w_EOI: Tensor, factor: Factor, scheme: Scheme, scales: Scales, block_s
         block_end = min(block_start + block_size, size)
         if block_start:
             push(0, block_start, block_end)
+        if kernels is not None:
+            kernels.walk_block(
+                target_EIO, columns, feedback, value_EIO, error_EIO, slice(block_start, block_end), scheme.format
+            )
+            continue
         for start, mid, end in _halves(block_start, block_end):
             walk(start, end) if mid == end else push(start, mid, end)
     loss_EO = (target_EIO.square_() * factor.curvature_EI[:, :, None]).sum(1)

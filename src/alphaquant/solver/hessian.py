@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from alphaquant.numerics import bf16_products
+from alphaquant.solver.backend import Backend, kernels_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,9 +77,18 @@ class HessianSum:
         in_features: I.
         power: rows weigh `score ** power` (MoEQuant's affinity-guided Hessian is power 1).
         device: where the sums live.
+        backend: what sums.
     """
 
-    def __init__(self, num_experts: int, in_features: int, power: float, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        power: float,
+        device: torch.device | str = "cpu",
+        backend: Backend = Backend.AUTO,
+    ) -> None:
+        self._backend = backend
         self._upper_EII = torch.zeros(num_experts, in_features, in_features, device=device)
         self._evidence = EvidenceSum(num_experts, power)
 
@@ -86,6 +96,11 @@ class HessianSum:
         """Add rows, sorted by expert with `counts` rows each; `score_R` are their routing scores in the same order."""
         counts = [x_RI.shape[0]] if counts is None else counts
         weight_R = self._evidence.add(counts, score_R)
+        kernels = kernels_for(x_RI, self._backend)
+        if kernels is not None:
+            counts_E = torch.tensor(counts, device=x_RI.device)
+            kernels.add_grams(self._upper_EII, x_RI.contiguous(), counts_E, weight_R)
+            return
         weights = [None] * len(counts) if weight_R is None else weight_R.split(counts)
         for upper_II, rows_RI, weight in zip(self._upper_EII, x_RI.split(counts), weights, strict=True):
             if rows_RI.shape[0]:

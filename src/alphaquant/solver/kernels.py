@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alphaquant.formats import Format
+    from alphaquant.solver.gptq import Columns
 
 __all__ = ["add_grams", "descend_block", "walk_block"]
 
@@ -206,47 +207,42 @@ def _gram_kernel(
 
 def walk_block(
     target_EIO: Tensor,
-    w_EIO: Tensor,
-    step_EIO: Tensor,
-    zero_EIO: Tensor | None,
+    columns: Columns,
     feedback_EII: Tensor,
     value_EIO: Tensor,
     error_EIO: Tensor,
-    start: int,
-    end: int,
+    cut: slice,
     fmt: Format,
 ) -> None:
-    """GPTQ over columns `start … end` of all experts and rows, in one launch; see `gptq.solve`.
+    """GPTQ over the columns of `cut`, of all experts and rows, in one launch; see `gptq.solve`.
 
     Writes grid values and errors `w - q` of these columns, and leaves `t - q` in `target_EIO`; later columns stay.
     """
-    zero = w_EIO if zero_EIO is None else zero_EIO  # a pointer that is never read
-    tensors = (target_EIO, w_EIO, step_EIO, zero, feedback_EII, value_EIO, error_EIO)
-    _launch(_walk_kernel, tensors, w_EIO, start, end, fmt, has_zero=zero_EIO is not None)
+    scales = (columns.step_EIO, _zero_pointer(columns))
+    tensors = (target_EIO, columns.w_EIO, *scales, feedback_EII, value_EIO, error_EIO)
+    _launch(_walk_kernel, tensors, columns, cut, fmt)
 
 
 def descend_block(
     gradient_EIO: Tensor,
     q_EIO: Tensor,
-    step_EIO: Tensor,
-    zero_EIO: Tensor | None,
+    columns: Columns,
     h_EII: Tensor,
     value_EIO: Tensor,
-    start: int,
-    end: int,
+    cut: slice,
     fmt: Format,
 ) -> Tensor:
-    """Coordinate descent over columns `start … end` of all experts and rows, in one launch; see `refine`.
+    """Coordinate descent over the columns of `cut`, of all experts and rows, in one launch; see `refine`.
 
     Writes values and quantized weights of these columns; the gradient stays.
 
     Returns:
-        How far they moved, `[E, end - start, O]`.
+        How far they moved, `[E, B, O]` for B columns.
     """
-    moved_EBO = torch.empty(q_EIO.shape[0], end - start, q_EIO.shape[2], device=q_EIO.device)
-    zero = q_EIO if zero_EIO is None else zero_EIO
-    tensors = (gradient_EIO, q_EIO, step_EIO, zero, h_EII, value_EIO, moved_EBO)
-    _launch(_descend_kernel, tensors, q_EIO, start, end, fmt, has_zero=zero_EIO is not None)
+    moved_EBO = torch.empty(q_EIO.shape[0], cut.stop - cut.start, q_EIO.shape[2], device=q_EIO.device)
+    scales = (columns.step_EIO, _zero_pointer(columns))
+    tensors = (gradient_EIO, q_EIO, *scales, h_EII, value_EIO, moved_EBO)
+    _launch(_descend_kernel, tensors, columns, cut, fmt)
     return moved_EBO
 
 
@@ -282,19 +278,23 @@ def add_grams(sum_EII: Tensor, x_RI: Tensor, counts_E: Tensor, weight_R: Tensor 
     )
 
 
-def _launch(
-    kernel: Any, tensors: tuple[Tensor, ...], like_EIO: Tensor, start: int, end: int, fmt: Format, *, has_zero: bool
-) -> None:
+def _zero_pointer(columns: Columns) -> Tensor:
+    """Zero points, or a pointer that is never read."""
+    return columns.step_EIO if columns.zero_EIO is None else columns.zero_EIO
+
+
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], columns: Columns, cut: slice, fmt: Format) -> None:
     assert all(tensor.is_contiguous() for tensor in tensors)
-    num_experts, num_columns, num_rows = like_EIO.shape
+    num_experts, num_columns, num_rows = columns.w_EIO.shape
+    width, has_zero = cut.stop - cut.start, columns.zero_EIO is not None
     is_float = fmt.kind is ElementKind.FLOAT
     kernel[num_experts, triton.cdiv(num_rows, _ROWS_A_TILE)](
         *tensors,
         num_columns,
         num_rows,
-        start,
-        end - start,
-        COLUMNS=triton.next_power_of_2(end - start),
+        cut.start,
+        width,
+        COLUMNS=triton.next_power_of_2(width),
         ROWS=_ROWS_A_TILE,
         IS_FLOAT=is_float,
         HAS_ZERO=has_zero,

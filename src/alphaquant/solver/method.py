@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alphaquant.formats import ScaleKind, matrix_scale
+from alphaquant.solver.backend import Backend
 from alphaquant.solver.factor import Factor, damp, factorize
 from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.refine import refine
@@ -62,6 +63,7 @@ class Recipe:
         damping_evidence: damping is at least this times inputs / effective samples.
         routing_power: a routed row weighs its score to this power.
         rtn_below: experts with fewer effective samples than this share of their inputs are rounded to nearest.
+        backend: what runs the inner loops; speed only, up to the order of sums.
     """
 
     method: Method = Method.GPTQ
@@ -72,6 +74,7 @@ class Recipe:
     damping_evidence: float = 0.1
     routing_power: float = 1.0
     rtn_below: float = 0.25
+    backend: Backend = Backend.AUTO
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,9 +184,11 @@ def _solve_rows(
         # errors of correlated inputs add up: the search sees single columns, so it may lose to where it began
         return better_rows(rounded, round_to_nearest(w_EOI, scheme, scales, damped_EII))
     scales = start if fast else search_scales(w_EOI, scheme, global_scale_E=global_scale_E)
-    solution = solve(w_EOI, factor, scheme, scales, recipe.block_size)
+    solution = solve(w_EOI, factor, scheme, scales, recipe.block_size, recipe.backend)
     rounds, sweeps = _REFINEMENT[recipe.effort]
-    return refine(w_EOI, damped_EII, solution, rounds=rounds, sweeps=sweeps) if rounds else solution
+    if not rounds:
+        return solution
+    return refine(w_EOI, damped_EII, solution, rounds=rounds, sweeps=sweeps, backend=recipe.backend)
 
 
 def _map(join: Callable[..., Tensor], parts: list[Outcome]) -> Outcome:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alphaquant.formats import ScaleKind, decode, dequantize, round_scale
+from alphaquant.solver.backend import Backend, kernels_for
 from alphaquant.solver.gptq import Columns, Solution, better_rows, encode_grouped
 from alphaquant.solver.rtn import hessian_loss
 from alphaquant.solver.scales import Scales
@@ -23,9 +24,18 @@ if TYPE_CHECKING:
 __all__ = ["refine"]
 
 _BLOCK = 32
+_KERNEL_BLOCK = 128
 
 
-def refine(w_EOI: Tensor, h_EII: Tensor, solution: Solution, *, rounds: int, sweeps: int) -> Solution:
+def refine(
+    w_EOI: Tensor,
+    h_EII: Tensor,
+    solution: Solution,
+    *,
+    rounds: int,
+    sweeps: int,
+    backend: Backend = Backend.AUTO,
+) -> Solution:
     """`rounds` times: refit the scales to the codes (where the format allows it), then `sweeps` descents over codes.
 
     A row keeps what it had unless the loss really fell. Sources: CDQuant (Nair and Suggala 2024) for the descent;
@@ -37,6 +47,7 @@ def refine(w_EOI: Tensor, h_EII: Tensor, solution: Solution, *, rounds: int, swe
         solution: where to start from.
         rounds: how often both steps alternate.
         sweeps: passes over all columns in each round.
+        backend: what descends over the columns of a block.
     """
     w_EOI = w_EOI.float()
     best = replace(solution, loss_EO=_loss(w_EOI, solution.quantized, h_EII))
@@ -45,7 +56,7 @@ def refine(w_EOI: Tensor, h_EII: Tensor, solution: Solution, *, rounds: int, swe
         if quantized.scheme.format.scale is ScaleKind.MODEL:
             quantized = _refit_scales(w_EOI, h_EII, quantized)
         for _ in range(sweeps):
-            quantized = _descend(w_EOI, h_EII, quantized)
+            quantized = _descend(w_EOI, h_EII, quantized, backend)
         best = better_rows(best, Solution(quantized, _loss(w_EOI, quantized, h_EII)))
         quantized = best.quantized
     return best
@@ -55,7 +66,7 @@ def _loss(w_EOI: Tensor, quantized: QuantizedTensor, h_EII: Tensor) -> Tensor:
     return hessian_loss(w_EOI - dequantize(quantized), h_EII)
 
 
-def _descend(w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor) -> QuantizedTensor:
+def _descend(w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor, backend: Backend) -> QuantizedTensor:
     """One sweep: every code in turn becomes the best one given all others."""
     scheme = quantized.scheme
     scales = Scales(quantized.scale, quantized.zero, quantized.global_scale)
@@ -66,8 +77,15 @@ def _descend(w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor) -> Quanti
     q_EIO = value_EIO * columns.step_EIO
     gradient_EIO = torch.bmm(h_EII, columns.w_EIO - q_EIO)
     inverse_EI = h_EII.diagonal(dim1=1, dim2=2).reciprocal()
-    for start in range(0, size, _BLOCK):
-        end = min(start + _BLOCK, size)
+    kernels = kernels_for(w_EOI, backend)
+    block = _BLOCK if kernels is None else _KERNEL_BLOCK
+    for start in range(0, size, block):
+        end = min(start + block, size)
+        if kernels is not None:
+            cut = slice(start, end)
+            moved_EBO = kernels.descend_block(gradient_EIO, q_EIO, columns, h_EII, value_EIO, cut, scheme.format)
+            gradient_EIO[:, end:].baddbmm_(h_EII[:, end:, cut], moved_EBO)
+            continue
         local_EBO = gradient_EIO[:, start:end].clone()
         moved_EBO = torch.empty_like(local_EBO)
         for j in range(start, end):
