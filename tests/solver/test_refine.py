@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alphaquant.formats import FORMATS, QuantizedTensor, ScaleKind, Scheme, dequantize, round_scale
 from alphaquant.solver import (
+    Backend,
     Solution,
     absmax_scales,
     damp,
@@ -210,8 +211,8 @@ def test_rows_that_got_worse_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> 
     descend, refit = module._descend, module._refit_scales
     bad = [0, 3]
 
-    def spoil_codes(w: Tensor, h: Tensor, quantized: QuantizedTensor) -> QuantizedTensor:
-        found = descend(w, h, quantized)
+    def spoil_codes(w: Tensor, h: Tensor, quantized: QuantizedTensor, backend: Backend) -> QuantizedTensor:
+        found = descend(w, h, quantized, backend)
         codes = found.codes.clone()
         codes[:, bad] = 0
         return replace(found, codes=codes)
