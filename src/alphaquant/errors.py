@@ -20,12 +20,15 @@ class AlphaQuantError(Exception):
         what: what is wrong, with the offending value.
         where: the file, module or tensor at fault.
         remedy: what to do about it.
+
+    A run that is stopped by it sets `kept` to what it leaves, and how to go on.
     """
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
         self.what = what
         self.where = where
         self.remedy = remedy
+        self.kept: str | None = None
         super().__init__("\n".join(self.lines()))
 
     def lines(self) -> list[str]:
@@ -35,6 +38,8 @@ class AlphaQuantError(Exception):
             parts.append(f"where: {self.where}")
         if self.remedy is not None:
             parts.append(f"remedy: {self.remedy}")
+        if self.kept is not None:
+            parts.append(f"kept: {self.kept}")
         return parts
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from alphaquant.pipeline import peak_memory_bytes
-from alphaquant.report import human_bytes, short
+from alphaquant.report import duration, human_bytes, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from alphaquant.engines import Violation
     from alphaquant.errors import AlphaQuantError
     from alphaquant.evaluation import Quality
-    from alphaquant.pipeline import KindSize, Metric
+    from alphaquant.pipeline import KindSize, Metric, RunStatus
     from alphaquant.pipeline import Progress as Report
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "print_quality",
     "print_result",
     "print_sizes",
+    "print_status",
     "print_tasks",
     "print_violations",
     "progress_bar",
@@ -135,6 +136,19 @@ def print_result(report: dict[str, Any]) -> None:
     out.print(f"memory {human_bytes(report['peak_memory_bytes'])} at its peak")
     if report["events"]:
         out.print(f"events {len(report['events'])}, the first: {report['events'][0]}", soft_wrap=True)
+
+
+def print_status(status: RunStatus) -> None:
+    """Where a run stands."""
+    by = "" if status.pid is None else f" (process {status.pid})"
+    out.print(f"{status.state}{by}: {status.done} of {status.total} shards in {status.directory}", soft_wrap=True)
+    left = "" if status.seconds_left is None else f", about {duration(status.seconds_left)} left"
+    starts = f"{status.starts} start{'s' if status.starts > 1 else ''}"
+    out.print(f"{human_bytes(status.num_bytes)} in {duration(status.seconds)}{left}; {starts}")
+    out.print(f"last commit {duration(status.since_commit)} ago")
+    if status.command:
+        verb = "go on with" if status.state == "stopped" else "command"
+        out.print(f"{verb}: {status.command}", soft_wrap=True)
 
 
 def print_quality(name: str, quality: Quality) -> None:

@@ -52,12 +52,16 @@ def works(alphaquant):
 
 @pytest.fixture
 def fails(alphaquant, tmp_path):
-    """Call the command, which must refuse: exit code 2, what is wrong and what to do, and nothing written."""
+    """Call the command, which must refuse: exit code 2, what is wrong and what to do, and nothing written.
+
+    A run that fails when layers are done `keeps` them, and says so.
+    """
 
     def listing():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if not path.is_dir()}
+        paths = [path for path in tmp_path.rglob("*") if not path.is_dir()]
+        return {path: path.stat().st_mtime_ns for path in paths if ".partial/" not in path.as_posix()}
 
-    def run(*args: object, says: tuple[str, ...]) -> Result:
+    def run(*args: object, says: tuple[str, ...], keeps: bool = False) -> Result:
         before = listing()
         result = alphaquant(*args)
         assert result.code == 2, result
@@ -65,7 +69,9 @@ def fails(alphaquant, tmp_path):
         assert "Traceback" not in result.err
         assert "error: " in result.err, result
         lines = result.err[result.err.index("error: ") :].splitlines()
-        assert len(lines) <= 3, lines
+        assert len(lines) <= 3 + keeps, lines
+        assert any(line.startswith("  kept: ") for line in lines) == keeps, lines
+        assert keeps or not any(tmp_path.rglob(".*.partial"))
         assert any(line.startswith("  remedy: ") for line in lines), lines
         for text in says:
             assert text in result.err, (text, result.err)

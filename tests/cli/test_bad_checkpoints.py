@@ -135,11 +135,12 @@ def test_weights_that_are_no_numbers(fails, tmp_path, text, value):
     tensor[3, 5] = float(value)
     model = tiny.write_model(tmp_path / "model", "olmoe", changes={name: tensor})
     says = (f"where: {name}", "NaN or infinity")
-    fails("quantize", model, *INT4, "--calib", text, "--seqlen", 32, "-o", tmp_path / "out", says=says)
-    fails("quantize", model, *INT4, "--method", "rtn", "-o", tmp_path / "out", says=says)
-    fails("quantize", model, *INT4, "--method", "rtn", "--save", tmp_path / "x.pt", says=says)
     fails("eval", model, "--data", text, "--seqlen", 32, says=says)
-    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    out = ("-o", tmp_path / "out", "--fresh")
+    fails("quantize", model, *INT4, "--calib", text, "--seqlen", 32, *out, says=says, keeps=True)
+    fails("quantize", model, *INT4, "--method", "rtn", *out, says=says, keeps=True)
+    fails("quantize", model, *INT4, "--method", "rtn", "--save", tmp_path / "x.pt", says=says, keeps=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".out.partial", "..x.pt.parts.partial"}
 
 
 def test_activations_that_overflow(fails, tmp_path, text):
@@ -148,6 +149,6 @@ def test_activations_that_overflow(fails, tmp_path, text):
     model = tiny.write_model(tmp_path / "model", "olmoe", changes=large, dtype="bfloat16")
     says = ("where: layer 1, feed-forward", "NaN or infinite in sample 0", "--dtype fp32")
     calib = ("--nsamples", 4, "--seqlen", 32, "--calib", text)
-    fails("quantize", model, "--scheme", "int8:g32", *calib, "-o", tmp_path / "out", says=says)
     fails("eval", model, "--data", text, "--seqlen", 32, says=says)
-    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    fails("quantize", model, "--scheme", "int8:g32", *calib, "-o", tmp_path / "out", says=says, keeps=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".out.partial"}

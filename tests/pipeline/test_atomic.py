@@ -1,4 +1,4 @@
-"""A directory of the final name is whole; a run that fails leaves what was there before, and nothing else."""
+"""A directory of the final name is whole; a run that fails leaves what was there before, and what it has committed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alphaquant.errors import CheckpointError, OutputError
-from alphaquant.pipeline import check_output, export_checkpoint, load, rundir, save_single_file
+from alphaquant.pipeline import check_output, export_checkpoint, load, run_status, rundir, save_single_file
 from alphaquant.pipeline import layer as layer_module
 from alphaquant.pipeline import run as run_module
 
@@ -42,17 +42,23 @@ def snapshot(directory: Path) -> dict[str, bytes | None]:
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), Interruption(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("out", ["out", "deep/er/out"])
-def test_a_run_that_fails_leaves_nothing(llama, tmp_path, monkeypatch, error, out):
-    fail_in_layer(monkeypatch, 1, error)
-    seen = []
-    add_shard = rundir.RunDir.add_shard
-    monkeypatch.setattr(
-        rundir.RunDir, "add_shard", lambda run, tensors: seen.append(add_shard(run, tensors)) or seen[-1]
-    )
+def test_a_run_that_fails_before_a_layer_is_done_leaves_nothing(llama, tmp_path, monkeypatch, error, out):
+    fail_in_layer(monkeypatch, 0, error)
     with pytest.raises(type(error)):
         tiny.quantize(llama, tmp_path / out, INT4, None)
-    assert len(seen) == 1, "layer 0 was written before"
     assert tiny.listing(tmp_path) == set()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), Interruption(), OSError(28, "No space left on device")])
+def test_a_run_that_fails_later_keeps_its_layers(llama, tmp_path, monkeypatch, error):
+    with monkeypatch.context() as patch:
+        fail_in_layer(patch, 1, error)
+        with pytest.raises(type(error)):
+            tiny.quantize(llama, tmp_path / "deep/out", INT4, None)
+    assert {name.split("/")[1] for name in tiny.listing(tmp_path) if "/" in name} == {".out.partial"}
+    assert run_status(tmp_path / "deep/out").done == 1
+    tiny.quantize(llama, tmp_path / "deep/out", INT4, None)
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out"}
 
 
 def test_a_failing_run_leaves_what_others_put_beside_it(llama, tmp_path, monkeypatch):
@@ -115,7 +121,11 @@ def test_overwriting_happens_at_the_end(llama, tmp_path, monkeypatch):
         fail_in_layer(patch, 1, RuntimeError())
         with pytest.raises(RuntimeError):
             tiny.quantize(llama, tmp_path / "out", "int8:g32", None, overwrite=True)
-    assert snapshot(tmp_path) == before
+    kept = snapshot(tmp_path)
+    assert {name: content for name, content in kept.items() if not name.startswith(".out.partial")} == before
+    with pytest.raises(OutputError, match=r"plan\.default\.wq was 'int8' and is 'int4'") as caught:
+        tiny.quantize(llama, tmp_path / "out", INT4, None, overwrite=True)
+    assert "--fresh" in caught.value.remedy
     tiny.quantize(llama, tmp_path / "out", "int8:g32", None, overwrite=True)
     after = snapshot(tmp_path)
     assert after.keys() == before.keys()
@@ -129,14 +139,20 @@ def test_a_move_that_fails_puts_the_old_one_back(llama, tmp_path, monkeypatch):
     rename = Path.rename
 
     def broken(path, target):
-        if ".partial-" in path.name:
+        if path.name.endswith(".partial"):
             raise OSError(5, "Input/output error")
         return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", broken)
-    with pytest.raises(OutputError, match="Input/output error"):
-        tiny.quantize(llama, tmp_path / "out", INT4, None, overwrite=True)
-    assert snapshot(tmp_path) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", broken)
+        with pytest.raises(OutputError, match="Input/output error") as caught:
+            tiny.quantize(llama, tmp_path / "out", INT4, None, overwrite=True)
+    assert ".out.partial" in caught.value.kept
+    after = snapshot(tmp_path)
+    assert {name: content for name, content in after.items() if not name.startswith(".out.partial")} == before
+    tiny.quantize(llama, tmp_path / "out", INT4, None, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from alphaquant.checkpoint.reader import Checkpoint, read_safetensors, resolve_model
 from alphaquant.checkpoint.shard import TensorInfo
-from alphaquant.checkpoint.writer import ShardInfo, write_bytes, write_index, write_json, write_shard, write_text
+from alphaquant.checkpoint.writer import (
+    ShardInfo,
+    sync_directory,
+    write_bytes,
+    write_index,
+    write_json,
+    write_shard,
+    write_text,
+)
 
 __all__ = [
     "Checkpoint",
@@ -12,6 +20,7 @@ __all__ = [
     "TensorInfo",
     "read_safetensors",
     "resolve_model",
+    "sync_directory",
     "write_bytes",
     "write_index",
     "write_json",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["ShardInfo", "write_bytes", "write_index", "write_json", "write_shard", "write_text"]
+__all__ = ["ShardInfo", "sync_directory", "write_bytes", "write_index", "write_json", "write_shard", "write_text"]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -68,16 +68,19 @@ def write_shard(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappi
     return ShardInfo(path.name, num_bytes, sha256.hexdigest(), tuple(order))
 
 
-def write_index(path: str | Path, weight_map: Mapping[str, str], total_size: int) -> None:
+def write_index(path: str | Path, weight_map: Mapping[str, str], total_size: int) -> str:
     """Write ``model.safetensors.index.json``: the shard of each tensor, and the bytes of all tensors.
+
+    Returns:
+        The sha256 of the file.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    write_json(path, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})
+    return write_json(path, {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))})
 
 
-def write_json(path: str | Path, obj: Any, *, allow_nan: bool = False) -> None:
+def write_json(path: str | Path, obj: Any, *, allow_nan: bool = False) -> str:
     """Write an object as indented JSON, keys in their own order.
 
     Args:
@@ -85,30 +88,34 @@ def write_json(path: str | Path, obj: Any, *, allow_nan: bool = False) -> None:
         obj: what ``json.dumps`` takes.
         allow_nan: write NaN and infinities as Python does; some models' config.json hold them.
 
+    Returns:
+        The sha256 of the file.
+
     Raises:
         OutputError: the file cannot be written.
         ValueError: a number is NaN or infinite, which JSON does not know.
     """
-    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
+    return write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text as UTF-8.
+def write_text(path: str | Path, text: str) -> str:
+    """Write a text as UTF-8; returns the sha256 of the file.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    write_bytes(path, text.encode())
+    return write_bytes(path, text.encode())
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file's bytes.
+def write_bytes(path: str | Path, data: bytes) -> str:
+    """Write a file's bytes; returns their sha256.
 
     Raises:
         OutputError: the file cannot be written.
     """
     with _atomic_file(Path(path)) as file:
         file.write(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager
@@ -122,7 +129,7 @@ def _atomic_file(path: Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -130,7 +137,8 @@ def _atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise _unwritable(path, error) from error
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory last, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ from alphaquant import __version__
 from alphaquant.cli.demo import demo
 from alphaquant.cli.evaluate import evaluate
 from alphaquant.cli.model import inspect, plan
-from alphaquant.cli.outputs import export, report
+from alphaquant.cli.outputs import export, report, status
 from alphaquant.cli.quantize import quantize
 from alphaquant.cli.usage import USAGE_ERROR, usage_error
 from alphaquant.errors import AlphaQuantError
@@ -26,6 +26,7 @@ __all__ = ["app", "main"]
 # in the order in which help lists them
 _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "quantize": (quantize, "Quantize a checkpoint into a directory that engines load."),
+    "status": (status, "Tell where a run stands."),
     "eval": (evaluate, "Measure perplexity, and KL against the original."),
     "report": (report, "Draw what a run did, or several runs side by side."),
     "inspect": (inspect, "Show a model's architecture, modules and sizes."),
@@ -90,5 +91,5 @@ def main() -> None:
         print_error(error)
         sys.exit(2)
     if code == 130:  # typer makes this of Ctrl-C
-        err.print("interrupted; nothing was left behind")
+        err.print("interrupted; what was committed is kept, and the same command goes on")
     sys.exit(code if isinstance(code, int) else 0)

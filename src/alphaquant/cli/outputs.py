@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,11 @@ import typer
 
 from alphaquant.cli.options import Format, JsonOpt, OverwriteOpt, check_single_file, print_json
 from alphaquant.errors import OutputError
-from alphaquant.pipeline import export_checkpoint, save_single_file
+from alphaquant.pipeline import export_checkpoint, run_status, save_single_file
 from alphaquant.report import human_bytes, write_comparison, write_report
-from alphaquant.terminal import out
+from alphaquant.terminal import out, print_status
 
-__all__ = ["export", "report"]
+__all__ = ["export", "report", "status"]
 
 
 def export(
@@ -70,3 +71,13 @@ def report(
         return
     for path in written:
         out.print(f"written to {path}", soft_wrap=True)
+
+
+def status(
+    directory: Annotated[Path, typer.Argument(metavar="OUT", help="Directory that `quantize` makes or made.")],
+    *,
+    as_json: JsonOpt = False,
+) -> None:
+    """Tell where a run stands: running, stopped or complete, how many layers are done, how long it will take."""
+    found = run_status(directory)
+    print_json(asdict(found)) if as_json else print_status(found)

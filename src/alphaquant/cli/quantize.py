@@ -77,6 +77,7 @@ def quantize(
     device: DeviceOpt = "auto",
     dtype: DTypeOpt = DType.AUTO,
     overwrite: OverwriteOpt = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Drop what a stopped run has left; start anew.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show sizes; compute nothing.")
     ] = False,
@@ -87,6 +88,7 @@ def quantize(
     """Quantize a checkpoint into a directory that engines load.
 
     Plan by --config FILE or --scheme S. GPTQ calibrates on --calib; --method rtn does without it unless it is given.
+    A run that was stopped goes on when the same command is given again; `alphaquant status OUT` tells where it is.
     """
     if output is None and save is None:
         raise OutputError("there is nothing to write to", remedy="give -o DIR, or --save FILE.pt, or both")
@@ -120,6 +122,7 @@ def quantize(
             device=run_device,
             dtype=dtype.value,
             overwrite=overwrite,
+            fresh=fresh,
             progress=progress,
             command=shlex.join(["alphaquant", *sys.argv[1:]]),
         )

@@ -2,6 +2,7 @@
 
 from alphaquant.pipeline.convert import export_checkpoint, save_single_file
 from alphaquant.pipeline.evaluate import evaluate_checkpoint, load
+from alphaquant.pipeline.manifest import Problem, check_shards
 from alphaquant.pipeline.quality import QUALITY, keep_quality, plan_of, quality_facts, rounded_quality
 from alphaquant.pipeline.records import KindSummary, LayerRecord, ModuleRecord, RoutingRecord
 from alphaquant.pipeline.run import (
@@ -16,6 +17,7 @@ from alphaquant.pipeline.run import (
 from alphaquant.pipeline.rundir import FOLDER, check_output, check_writable
 from alphaquant.pipeline.serving import Serving
 from alphaquant.pipeline.size import KindSize, plan_sizes
+from alphaquant.pipeline.status import RunStatus, run_status
 from alphaquant.pipeline.stream import Progress
 from alphaquant.pipeline.tasks import Metric, evaluate_tasks
 
@@ -29,11 +31,14 @@ __all__ = [
     "Metric",
     "ModuleRecord",
     "Prepared",
+    "Problem",
     "Progress",
     "QuantizeResult",
     "RoutingRecord",
+    "RunStatus",
     "Serving",
     "check_output",
+    "check_shards",
     "check_writable",
     "evaluate_checkpoint",
     "evaluate_tasks",
@@ -48,5 +53,6 @@ __all__ = [
     "quality_facts",
     "quantize_checkpoint",
     "rounded_quality",
+    "run_status",
     "save_single_file",
 ]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import resource
-import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +14,9 @@ import torch
 
 from alphaquant.calibration import TokenBatch, calibration_tokens, is_tokenised, load_tokenizer
 from alphaquant.checkpoint import Checkpoint
-from alphaquant.engines import engine_notes
-from alphaquant.errors import AlphaQuantError, CheckpointError, NumericsError
+from alphaquant.errors import CheckpointError, NumericsError
 from alphaquant.models import detect, logical, read_layer, read_outer
+from alphaquant.pipeline.closing import changed_sessions, describe, peak_memory_bytes, plain, session
 from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
 from alphaquant.pipeline.layer import LayerQuantizer, QuantizedLayer
 from alphaquant.pipeline.records import KindSummary, LayerRecord, summarize
@@ -29,6 +27,8 @@ from alphaquant.plan import ModuleKind
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from torch import Tensor
 
     from alphaquant.formats import Scheme
     from alphaquant.layouts import Layout
@@ -133,6 +133,34 @@ def compute_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dty
     return torch.float32 if spec.dtype is torch.float16 and device.type == "cpu" else spec.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Everything that a run is a function of, and what it computes with."""
+
+    prepared: Prepared
+    recipe: Recipe
+    layout: Layout
+    tokens: TokenBatch | None
+    device: torch.device
+    dtype: torch.dtype
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes of the result, as JSON; a stopped run goes on only with the same."""
+        checkpoint, plan = self.prepared.checkpoint, self.prepared.plan
+        table = {name: str(scheme) for name, scheme in self.prepared.schemes.items() if scheme is not None}
+        ids = None if self.tokens is None else {"shape": list(self.tokens.ids.shape), "digest": self.tokens.digest}
+        return {
+            "checkpoint": {"headers": checkpoint.header_digest(), "weights": checkpoint.sample_digest()},
+            "tokens": ids,
+            "plan": plan.model_dump(mode="json", exclude={"comment", "schema_url"}, exclude_none=True),
+            "formats": hashlib.sha256(json.dumps(table).encode()).hexdigest(),
+            "layout": self.layout.name,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "recipe": plain(self.recipe),
+            "alphaquant": ".".join(version("alphaquant-moe").split(".")[:2]),
+        }
+
+
 def quantize_checkpoint(
     prepared: Prepared,
     out: Path,
@@ -143,10 +171,11 @@ def quantize_checkpoint(
     device: torch.device | str = "cpu",
     dtype: str = "auto",
     overwrite: bool = False,
+    fresh: bool = False,
     progress: Progress = silent,
     command: str = "",
 ) -> QuantizeResult:
-    """Quantize a checkpoint into a directory, layer by layer.
+    """Quantize a checkpoint into a directory, layer by layer; a run that was stopped goes on where it was.
 
     Args:
         prepared: from `prepare`.
@@ -157,91 +186,93 @@ def quantize_checkpoint(
         device: where to compute.
         dtype: `auto`, `bf16`, `fp16` or `fp32`.
         overwrite: replace `out` if it holds something.
+        fresh: drop what a stopped run has left, and start anew.
         progress: is told what happens.
         command: how the run was started, for the record.
 
     Raises:
-        AlphaQuantError: and nothing is left on disk.
+        AlphaQuantError: nothing is left on disk, or all layers that were done, for the next call to go on from.
     """
-    checkpoint, spec, schemes = prepared.checkpoint, prepared.spec, prepared.schemes
-    device = torch.device(device)
-    check_output(out, checkpoint.path, overwrite=overwrite)
+    spec, device = prepared.spec, torch.device(device)
+    check_output(out, prepared.checkpoint.path, overwrite=overwrite)
     chosen = planned_layout(prepared, layout)
     clock, begin = Clock(), time.perf_counter()
-    tokens: TokenBatch | None = None
-    if calibration is not None:
+    with RunDir.create(out, spec.num_layers + 1, resumes=True, fresh=fresh) as run:
         with clock("tokenize"):
-            tokens = _tokens(prepared, calibration)
-    work_dtype = compute_dtype(dtype, spec, device)
-    quantizer = LayerQuantizer(spec, schemes, recipe, clock, progress)
-    *layer_names, outer_names = shard_names(spec)
-
-    def write(run: RunDir, names: list[str], result: QuantizedLayer) -> None:
-        _require_finite(result.record)
-        with clock("pack"):
-            tensors = shard_tensors(names, result.quantized, chosen, prepared.source.read)
-        with clock("write"):
-            run.add_shard(tensors)
-
-    with RunDir.create(out, spec.num_layers + 1) as run:
-        with clock("read"):
-            outer = read_outer(prepared.source, spec, work_dtype, device)
-        embedding = quantizer.embedding(outer)
-        x_NLD = None if tokens is None else embed(tokens.ids, outer["model.embed_tokens.weight"])
-        records: list[LayerRecord] = []
-        for layer in range(spec.num_layers):
-            progress("read", layer, spec.num_layers)
-            with clock("read"):
-                weights = read_layer(prepared.source, spec, layer, work_dtype, device)
-            result = quantizer.layer(layer, weights, x_NLD)
-            del weights
-            write(run, layer_names[layer], result)
-            run.write_note(f"records/layer-{layer:05d}.json", result.record.to_dict())
-            records.append(result.record)
-            del result  # its codes would lie beside the next layer's
-        head = quantizer.head(outer, x_NLD)
-        ends = QuantizedLayer(
-            embedding.quantized | head.quantized,
-            LayerRecord(None, embedding.record.modules + head.record.modules),
-        )
-        write(run, outer_names, ends)
-        run.write_note("records/outer.json", ends.record.to_dict())
-        records.append(ends.record)
-
-        audit = _audit(prepared, records, chosen, run.tensor_names)
-        run.write_note("plan.json", json.loads(prepared.plan.to_json()))
-        summary = summarize(records, list(ModuleKind))
+            tokens = None if calibration is None else _tokens(prepared, calibration)
+        job = _Job(prepared, recipe, chosen, tokens, device, compute_dtype(dtype, spec, device))
+        run.start(job.identity(), session(device, command))
+        for phase, seconds in run.manifest.seconds.items():
+            clock.seconds[phase] += seconds
+        begin -= run.manifest.seconds.get("total", 0.0)
+        records = _quantize(job, run, LayerQuantizer(spec, prepared.schemes, recipe, clock, progress), begin)
         clock.seconds["total"] = time.perf_counter() - begin
         report = {
-            "version": 1,
-            "alphaquant": version("alphaquant-moe"),
-            "torch": torch.__version__,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **describe(prepared, job.layout, run, records),
             "command": command,
-            "model": {
-                "path": str(checkpoint.path),
-                "family": spec.family,
-                "architecture": spec.architecture,
-                "digest": checkpoint.header_digest(),
-            },
-            "layout": chosen.name,
-            "recipe": _plain(asdict(recipe)),
+            "recipe": plain(recipe),
             "calibration": None if calibration is None or tokens is None else _describe(calibration, tokens),
             "device": str(device),
-            "dtype": str(work_dtype).removeprefix("torch."),
-            "sizes": _sizes(checkpoint, run, records),
-            "summary": [asdict(row) for row in summary],
-            "audit": audit,
-            "engines": engine_notes(schemes, list(spec.modules()), chosen.name),
-            "events": [{"module": m.name, "event": m.event} for r in records for m in r.modules if m.event is not None],
-            "warnings": [*prepared.resolved.warnings, *(tokens.warnings if tokens is not None else ())],
+            "dtype": str(job.dtype).removeprefix("torch."),
+            "warnings": [
+                *prepared.resolved.warnings,
+                *(tokens.warnings if tokens is not None else ()),
+                *changed_sessions(run.manifest.sessions),
+            ],
             "notes": list(prepared.resolved.notes),
             "seconds": {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
-            "peak_memory_bytes": peak_memory_bytes(),
         }
+        run.write_note("plan.json", json.loads(prepared.plan.to_json()))
         run.write_note("report.json", report)
-        run.finish(checkpoint.config, checkpoint.path, spec, chosen, schemes)
-    return QuantizeResult(summary, records, report)
+        run.finish(prepared.checkpoint.config, prepared.checkpoint.path, spec, chosen, prepared.schemes)
+    return QuantizeResult(summarize(records, list(ModuleKind)), records, report)
+
+
+def _quantize(job: _Job, run: RunDir, quantizer: LayerQuantizer, begin: float) -> list[LayerRecord]:
+    """Quantize and commit every shard that is not done yet; the records of all of them.
+
+    `begin` is when the run would have begun had it not been stopped in between.
+    """
+    spec, source, clock = job.prepared.spec, job.prepared.source, quantizer.clock
+    *layer_names, outer_names = shard_names(spec)
+    records = [LayerRecord.from_dict(run.read_note(_record_name(spec, index))) for index in range(len(run.shards))]
+    if len(records) == spec.num_layers + 1:
+        return records
+
+    def commit(names: list[str], result: QuantizedLayer, streams: Mapping[str, Tensor]) -> None:
+        _require_finite(result.record)
+        with clock("pack"):
+            tensors = shard_tensors(names, result.quantized, job.layout, source.read)
+        with clock("write"):
+            run.write_note(_record_name(spec, len(run.shards)), result.record.to_dict())
+            run.add_shard(tensors)
+            seconds = clock.seconds | {"total": time.perf_counter() - begin}
+            run.commit(streams, seconds, peak_memory_bytes=peak_memory_bytes())
+        records.append(result.record)
+
+    with clock("read"):
+        outer = read_outer(source, spec, job.dtype, job.device)
+    embedding = quantizer.embedding(outer)
+    # all that a layer takes from the one before it: a run that was stopped finds it in the last commit
+    streams = {name: stream.to(job.device) for name, stream in run.read_streams().items()}
+    if job.tokens is not None and not run.shards:
+        streams = {"quantized": embed(job.tokens.ids, outer["model.embed_tokens.weight"])}
+    for layer in range(len(run.shards), spec.num_layers):
+        quantizer.progress("read", layer, spec.num_layers)
+        with clock("read"):
+            weights = read_layer(source, spec, layer, job.dtype, job.device)
+        result = quantizer.layer(layer, weights, streams.get("quantized"))
+        del weights
+        commit(layer_names[layer], result, streams)
+        del result  # its codes would lie beside the next layer's
+    head = quantizer.head(outer, streams.get("quantized"))
+    modules = embedding.record.modules + head.record.modules
+    commit(outer_names, QuantizedLayer(embedding.quantized | head.quantized, LayerRecord(None, modules)), {})
+    return records
+
+
+def _record_name(spec: ModelSpec, shard: int) -> str:
+    return f"records/layer-{shard:05d}.json" if shard < spec.num_layers else "records/outer.json"
 
 
 def _tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:
@@ -275,38 +306,6 @@ def _require_finite(record: LayerRecord) -> None:
             )
 
 
-def _audit(prepared: Prepared, records: list[LayerRecord], layout: Layout, stored: set[str]) -> dict[str, Any]:
-    """Every module that the plan targets was quantized and written so, and nothing else.
-
-    Raises:
-        AlphaQuantError: names the difference.
-    """
-    targeted = {name: scheme for name, scheme in prepared.schemes.items() if scheme is not None}
-    names = [m.name for record in records for m in record.modules]
-    quantized = {
-        name for name in names if name not in targeted or stored.issuperset(layout.tensor_names(name, targeted[name]))
-    }
-    difference = sorted(targeted.keys() ^ quantized)
-    if difference:
-        raise AlphaQuantError(
-            f"{len(difference)} modules differ between plan and result: {', '.join(difference[:5])}",
-            remedy="this is a fault of alphaquant: please report it with the plan and config.json",
-        )
-    return {"targeted": len(targeted), "quantized": len(quantized), "left": len(prepared.schemes) - len(targeted)}
-
-
-def _sizes(checkpoint: Checkpoint, run: RunDir, records: list[LayerRecord]) -> dict[str, Any]:
-    modules = [m for record in records for m in record.modules]
-    weights = sum(m.num_weights for m in modules)
-    bits = sum(m.bits_per_weight * m.num_weights for m in modules)
-    return {
-        "before_bytes": checkpoint.total_bytes,
-        "after_bytes": run.num_bytes,
-        "quantized_weights": weights,
-        "bits_per_weight": bits / weights if weights else None,
-    }
-
-
 def _describe(calibration: Calibration, tokens: TokenBatch) -> dict[str, Any]:
     num_samples, seqlen = tokens.ids.shape
     return {
@@ -316,13 +315,3 @@ def _describe(calibration: Calibration, tokens: TokenBatch) -> dict[str, Any]:
         "seed": calibration.seed,
         "digest": tokens.digest,
     }
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: getattr(value, "value", value) for key, value in settings.items()}
-
-
-def peak_memory_bytes() -> int:
-    """Peak resident size of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,19 +1,22 @@
-"""The output directory: written beside its final name, and moved there only when it is complete.
+"""The output directory in the making: shards are committed one by one, then it is finished.
 
-So a directory of the final name is always whole, and a run that fails leaves nothing behind.
+A commit is a shard, its record and the activations behind it, each whole on the disk before the manifest that names
+them takes the place of the one before. What a killed run left half-made is written over.
 """
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from alphaquant.checkpoint import ShardInfo, write_bytes, write_index, write_json, write_shard
-from alphaquant.errors import OutputError
+from alphaquant.checkpoint import ShardInfo, read_safetensors, write_bytes, write_index, write_json, write_shard
+from alphaquant.errors import AlphaQuantError, CheckpointError, OutputError
 from alphaquant.layouts import module_table
+from alphaquant.pipeline.manifest import MANIFEST, Manifest, check_files, file_sha256
+from alphaquant.pipeline.staging import FOLDER, check_output, check_writable, staged, staging_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FOLDER", "RunDir", "check_output", "check_writable"]
 
-FOLDER = "alphaquant"
+_STREAM = f"{FOLDER}/stream"
 _SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -42,75 +45,69 @@ _SIDE_FILES = (
 )
 
 
-def check_output(path: Path, source: Path, *, overwrite: bool) -> None:
-    """Refuse an output path that cannot or should not be written, before any work is done.
-
-    Raises:
-        OutputError: it holds something else, is the source itself, or cannot be written.
-    """
-    try:
-        target, model = path.resolve(), source.resolve()
-        if target == model or target in model.parents or model in target.parents:
-            raise OutputError(f"{path} is, holds or lies in the model itself", remedy="choose another output")
-        if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
-            raise OutputError(
-                f"{path} already exists and is not empty", remedy="choose another output, or pass --overwrite"
-            )
-    except (OSError, RuntimeError) as error:  # a name too long, a loop of links, a directory that may not be read
-        raise OutputError(f"{path} cannot be written: {error}", remedy="choose another output") from error
-    check_writable(path)
-
-
-def check_writable(path: Path) -> None:
-    """Refuse a path at which neither a file nor a directory can be made, before any work is done.
-
-    Raises:
-        OutputError: names the directory that is in the way.
-    """
-    try:
-        parent = next(p for p in path.resolve().parents if p.exists())
-        path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, a loop of links
-        raise OutputError(f"{path} cannot be written: {error}", remedy="choose another output") from error
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "may not be written to" if parent.is_dir() else "is no directory"
-        raise OutputError(f"{path} cannot be written: {parent} {why}", remedy="choose another output")
-
-
 class RunDir:
-    """A checkpoint directory in the making: shards are added one by one, then it is finished."""
+    """A checkpoint directory in the making."""
 
     def __init__(self, path: Path, num_shards: int) -> None:
         self.path = path
-        self._num_shards = num_shards
-        self._weight_map: dict[str, str] = {}
-        self.shards: list[ShardInfo] = []
+        self.manifest = Manifest(num_shards)
 
     @classmethod
     @contextmanager
-    def create(cls, path: Path, num_shards: int) -> Iterator[RunDir]:
-        """A run directory that becomes `path` when the block ends well, and vanishes when it does not.
+    def create(cls, path: Path, num_shards: int, *, resumes: bool = False, fresh: bool = False) -> Iterator[RunDir]:
+        """A locked run directory that becomes `path` when the block ends well.
+
+        Where it does not, the directory is kept for another run if something was committed, and vanishes if not.
+
+        Args:
+            path: the directory to make.
+            num_shards: shards that it has when it is complete.
+            resumes: what an unfinished run has left may be there; `start` goes on with it.
+            fresh: drop what an unfinished run has left.
 
         Raises:
-            OutputError: the directory cannot be made or moved.
+            OutputError: another run is making it, an unfinished one would be lost, or it cannot be made or moved.
         """
-        target = path.resolve()
-        staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        new_parents = [parent for parent in target.parents if not parent.exists()]
-        try:
-            shutil.rmtree(staging, ignore_errors=True)
-            (staging / FOLDER).mkdir(parents=True)
-        except OSError as error:
-            raise OutputError(f"{path} cannot be made: {error.strerror}", remedy="choose another -o") from error
-        try:
+        staging = staging_of(path)
+        if not resumes and _is_kept(staging):
+            raise OutputError(
+                f"an unfinished run of {path} would be lost",
+                where=str(staging),
+                remedy="end it with its own command first, remove it, or choose another output",
+            )
+        with staged(path, is_kept=_is_kept, fresh=fresh) as staging:
             yield cls(staging, num_shards)
-            _replace(staging, target)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            with suppress(OSError):  # someone else may have put something there by now
-                for parent in new_parents:
-                    parent.rmdir()
-            raise
+
+    def start(self, identity: dict[str, Any], session: dict[str, Any]) -> None:
+        """Begin a run that can go on after it was stopped, or go on with the one that was.
+
+        Args:
+            identity: all that bears on the result, as JSON.
+            session: what is recorded of this start, beside the shard from which it goes on.
+
+        Raises:
+            OutputError: the unfinished run is another, or its files are damaged.
+        """
+        found = Manifest.read(self.path)
+        if found is not None and found.shards:
+            found.require_same(identity, self.path)
+            self.manifest = found
+            problems = check_files(self.path, found)
+            if problems:
+                raise OutputError(
+                    f"a file of the unfinished run is damaged: {problems[0].what}",
+                    where=str(self.path / problems[0].file),
+                    remedy="restore the file to go on; --fresh drops the run and starts anew",
+                )
+        self._tidy()
+        sessions = [*self.manifest.sessions, session | {"from_shard": len(self.shards)}]
+        self.manifest = replace(self.manifest, identity=identity, sessions=sessions)
+        self.manifest.write(self.path)
+
+    @property
+    def shards(self) -> list[ShardInfo]:
+        """The shards so far."""
+        return self.manifest.shards
 
     @property
     def num_bytes(self) -> int:
@@ -120,21 +117,69 @@ class RunDir:
     @property
     def tensor_names(self) -> set[str]:
         """The tensors written so far."""
-        return set(self._weight_map)
+        return {name for shard in self.shards for name in shard.tensor_names}
 
     def add_shard(self, tensors: Mapping[str, Tensor]) -> ShardInfo:
         """Write the next shard."""
-        name = f"model-{len(self.shards) + 1:05d}-of-{self._num_shards:05d}.safetensors"
+        name = f"model-{len(self.shards) + 1:05d}-of-{self.manifest.num_shards:05d}.safetensors"
         shard = write_shard(self.path / name, tensors, {"format": "pt"})
-        self.shards.append(shard)
-        self._weight_map.update(dict.fromkeys(shard.tensor_names, name))
+        self.manifest = self.manifest.with_shard(shard)
         return shard
 
     def write_note(self, name: str, content: Any) -> None:
         """Write a JSON file of ours, in the folder `alphaquant`."""
         target = self.path / FOLDER / name
         target.parent.mkdir(exist_ok=True)
-        write_json(target, content)
+        self._list(f"{FOLDER}/{name}", write_json(target, content))
+
+    def read_note(self, name: str) -> dict[str, Any]:
+        """A JSON file of ours, which `start` has found undamaged."""
+        content: dict[str, Any] = json.loads((self.path / FOLDER / name).read_text(encoding="utf-8"))
+        return content
+
+    def commit(self, streams: Mapping[str, Tensor], seconds: Mapping[str, float], **session: Any) -> None:
+        """Make the last shard and the notes so far count: a run that is stopped goes on behind them.
+
+        Args:
+            streams: everything that the next layer takes from this one, by name, such as the activations.
+            seconds: time by phase, of all sessions.
+            session: what is added to the record of this start.
+        """
+        before = self.manifest.stream
+        stream = None
+        if streams:
+            path = self.path / _STREAM / f"behind-{len(self.shards):05d}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            stream = write_shard(path, streams, {})
+        *earlier, last = self.manifest.sessions
+        self.manifest = replace(
+            self.manifest, stream=stream, seconds=dict(seconds), sessions=[*earlier, last | session]
+        )
+        self.manifest.write(self.path)
+        if before is not None:
+            (self.path / _STREAM / before.name).unlink(missing_ok=True)
+
+    def read_streams(self) -> dict[str, Tensor]:
+        """What the last commit kept for the next layer, on the CPU.
+
+        Raises:
+            OutputError: the file is missing or damaged.
+        """
+        stream = self.manifest.stream
+        if stream is None:
+            return {}
+        path = self.path / _STREAM / stream.name
+        try:
+            if file_sha256(path) == stream.sha256:
+                return read_safetensors(path)
+            why = "its content is not what was written"
+        except (OSError, CheckpointError) as error:
+            why = str(error)
+        raise OutputError(
+            f"the activations of the unfinished run cannot be used: {why}",
+            where=str(path),
+            remedy="restore the file to go on; --fresh drops the run and starts anew",
+        )
 
     def finish(
         self,
@@ -157,30 +202,31 @@ class RunDir:
             config |= {"quantization_config": quantization}
             shapes = {name: (m.out_features, m.in_features) for name, m in modules.items()}
             self.write_note("modules.json", module_table(schemes, shapes, layout.name))
-        self.write_note("manifest.json", {"version": 1, "shards": [asdict(shard) for shard in self.shards]})
-        total = sum(shard.num_bytes for shard in self.shards)
-        write_index(self.path / "model.safetensors.index.json", self._weight_map, total)
+        weight_map = {name: shard.name for shard in self.shards for name in shard.tensor_names}
+        index = "model.safetensors.index.json"
+        self._list(index, write_index(self.path / index, weight_map, self.num_bytes))
         for name in _SIDE_FILES:
             if (source / name).is_file():
-                write_bytes(self.path / name, (source / name).read_bytes())
-        write_json(self.path / "config.json", config, allow_nan=True)
+                self._list(name, write_bytes(self.path / name, (source / name).read_bytes()))
+        self._list("config.json", write_json(self.path / "config.json", config, allow_nan=True))
+        self.manifest.write(self.path)
+        shutil.rmtree(self.path / _STREAM, ignore_errors=True)
+
+    def _tidy(self) -> None:
+        """Remove what a killed run left half-made, and activations that are no longer needed."""
+        kept = None if self.manifest.stream is None else self.manifest.stream.name
+        stale = [path for path in (self.path / _STREAM).glob("*") if path.name != kept]
+        for path in [*self.path.rglob("*.tmp"), *stale]:
+            path.unlink(missing_ok=True)
+
+    def _list(self, name: str, sha256: str) -> None:
+        self.manifest = replace(self.manifest, files=self.manifest.files | {name: sha256})
 
 
-def _replace(staging: Path, target: Path) -> None:
-    """Move the finished directory to its name; what was there before goes only after that worked."""
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+def _is_kept(staging: Path) -> bool:
+    """Whether a directory holds work of a run that can go on."""
     try:
-        if not target.exists():
-            staging.rename(target)
-            return
-        target.rename(old)
-        try:
-            staging.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"the result cannot be moved to {target}: {error.strerror}", remedy="choose another output"
-        ) from error
+        manifest = Manifest.read(staging)
+    except AlphaQuantError:
+        return (staging / MANIFEST).exists()  # damaged: not ours to drop
+    return manifest is not None and bool(manifest.identity) and bool(manifest.shards)

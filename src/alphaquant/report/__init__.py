@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from alphaquant.report.render import write_comparison, write_report
-from alphaquant.report.text import human_bytes, short
+from alphaquant.report.text import duration, human_bytes, short
 
-__all__ = ["human_bytes", "short", "write_comparison", "write_report"]
+__all__ = ["duration", "human_bytes", "short", "write_comparison", "write_report"]

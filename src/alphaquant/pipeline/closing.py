@@ -1,0 +1,139 @@
+"""What a run says of itself when it is done: the audit, the sizes and the report."""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alphaquant.engines import engine_notes
+from alphaquant.errors import AlphaQuantError
+from alphaquant.pipeline.records import summarize
+from alphaquant.plan import ModuleKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from alphaquant.checkpoint import Checkpoint
+    from alphaquant.layouts import Layout
+    from alphaquant.pipeline.records import LayerRecord
+    from alphaquant.pipeline.run import Prepared
+    from alphaquant.pipeline.rundir import RunDir
+    from alphaquant.solver import Recipe
+
+__all__ = ["changed_sessions", "describe", "peak_memory_bytes", "plain", "session"]
+
+# what of a session may change the last bits of a result
+_MACHINE = ("alphaquant", "torch", "device", "cpu", "threads")
+
+
+def session(device: torch.device, command: str) -> dict[str, Any]:
+    """What is recorded of one start of a run."""
+    return {
+        "started": _now(),
+        "alphaquant": version("alphaquant-moe"),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "command": command,
+    }
+
+
+def changed_sessions(sessions: Sequence[dict[str, Any]]) -> list[str]:
+    """A warning for every change of the machine between starts that made a part of the result."""
+    ends = [after["from_shard"] for after in sessions[1:]]
+    productive = [s for s, end in itertools.zip_longest(sessions, ends) if end is None or end > s["from_shard"]]
+    warnings = []
+    for before, after in itertools.pairwise(productive):
+        changes = [f"{key} {before[key]} → {after[key]}" for key in _MACHINE if before.get(key) != after.get(key)]
+        if changes:
+            shard = after["from_shard"] + 1
+            warnings.append(
+                f"from shard {shard} on the run went on with {', '.join(changes)}: "
+                "its bytes may differ from those of a run that was not stopped"
+            )
+    return warnings
+
+
+def describe(prepared: Prepared, layout: Layout, run: RunDir, records: list[LayerRecord]) -> dict[str, Any]:
+    """The part of `report.json` that follows from what was written.
+
+    Raises:
+        AlphaQuantError: what was written is not what the plan says.
+    """
+    checkpoint, spec = prepared.checkpoint, prepared.spec
+    sessions = run.manifest.sessions
+    return {
+        "version": 1,
+        "alphaquant": version("alphaquant-moe"),
+        "torch": torch.__version__,
+        "created": _now(),
+        "model": {
+            "path": str(checkpoint.path),
+            "family": spec.family,
+            "architecture": spec.architecture,
+            "digest": checkpoint.header_digest(),
+        },
+        "layout": layout.name,
+        "sizes": _sizes(checkpoint, run, records),
+        "summary": [asdict(row) for row in summarize(records, list(ModuleKind))],
+        "audit": _audit(prepared, records, layout, run.tensor_names),
+        "engines": engine_notes(prepared.schemes, list(spec.modules()), layout.name),
+        "events": [{"module": m.name, "event": m.event} for r in records for m in r.modules if m.event is not None],
+        "sessions": sessions,
+        "peak_memory_bytes": max(peak_memory_bytes(), *(s.get("peak_memory_bytes", 0) for s in sessions)),
+    }
+
+
+def _audit(prepared: Prepared, records: list[LayerRecord], layout: Layout, stored: set[str]) -> dict[str, Any]:
+    """Every module that the plan targets was quantized and written so, and nothing else.
+
+    Raises:
+        AlphaQuantError: names the difference.
+    """
+    targeted = {name: scheme for name, scheme in prepared.schemes.items() if scheme is not None}
+    names = [m.name for record in records for m in record.modules]
+    quantized = {
+        name for name in names if name not in targeted or stored.issuperset(layout.tensor_names(name, targeted[name]))
+    }
+    difference = sorted(targeted.keys() ^ quantized)
+    if difference:
+        raise AlphaQuantError(
+            f"{len(difference)} modules differ between plan and result: {', '.join(difference[:5])}",
+            remedy="this is a fault of alphaquant: please report it with the plan and config.json",
+        )
+    return {"targeted": len(targeted), "quantized": len(quantized), "left": len(prepared.schemes) - len(targeted)}
+
+
+def _sizes(checkpoint: Checkpoint, run: RunDir, records: list[LayerRecord]) -> dict[str, Any]:
+    modules = [m for record in records for m in record.modules]
+    weights = sum(m.num_weights for m in modules)
+    bits = sum(m.bits_per_weight * m.num_weights for m in modules)
+    return {
+        "before_bytes": checkpoint.total_bytes,
+        "after_bytes": run.num_bytes,
+        "quantized_weights": weights,
+        "bits_per_weight": bits / weights if weights else None,
+    }
+
+
+def plain(settings: Recipe) -> dict[str, Any]:
+    """Settings as JSON."""
+    return {key: getattr(value, "value", value) for key, value in asdict(settings).items()}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
