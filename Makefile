@@ -1,6 +1,7 @@
 # make demo   set up, quantize the bundled model, print the table, write the report
 # make test   set up, run the tests
 # make test-tasks  the tests that need lm-eval, in an environment of its own
+# make soak   kills, and whatever else takes minutes: the long tests
 # make check  lint, format, types
 # make bench  the benchmarks that need nothing but this repository
 
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # a process for each core, one thread in each: the models of the tests are too small for more
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 
-.PHONY: demo test test-tasks check bench clean
+.PHONY: demo test test-tasks soak check bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/alphaquant demo -o demo-output --overwrite
@@ -21,6 +22,9 @@ test: $(VENV)/.installed-dev
 
 test-tasks: $(VENV)-tasks/.installed
 	OMP_NUM_THREADS=1 $(VENV)-tasks/bin/python -m pytest -p no:cacheprovider tests/pipeline/test_tasks.py
+
+soak: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
