@@ -29,11 +29,62 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-CLASSES = {"mixtral": "Mixtral", "qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}
+CLASSES = {
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "mixtral": "Mixtral",
+    "qwen2": "Qwen2",
+    "qwen2_moe": "Qwen2Moe",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3Moe",
+}
 MIXTRAL = {"num_local_experts": 6, "intermediate_size": 64}
 QWEN = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 SHARED = {"shared_expert_intermediate_size": 96}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+    "mscale": 0.707,
+    "mscale_all_dim": 1.3,
+}
+V2 = LATENT | {"routed_scaling_factor": 1.5}
+V3 = LATENT | {"n_group": 4, "topk_group": 2}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2": (
+        "deepseek_v2",
+        V2 | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "rope_parameters": YARN},
+    ),
+    "deepseek_v2-lite-biased": ("deepseek_v2", V2 | {"q_lora_rank": None, "attention_bias": True}),
+    "deepseek_v3": ("deepseek_v3", V3 | {"rope_parameters": YARN}),
+    "deepseek_v3-halves-linear": (
+        "deepseek_v3",
+        V3
+        | {
+            "rope_interleave": False,
+            "norm_topk_prob": False,
+            "attention_bias": True,
+            "n_shared_experts": 1,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale_all_dim": 0.5, "rope_theta": 300.0},
+        },
+    ),
+    "deepseek_v3-one-group": ("deepseek_v3", V3 | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
     "mixtral": ("mixtral", MIXTRAL),
     "mixtral-window-top3": ("mixtral", MIXTRAL | {"sliding_window": 5, "num_experts_per_tok": 3, "head_dim": 12}),
     "qwen2_moe": ("qwen2_moe", QWEN | SHARED),
@@ -122,6 +173,9 @@ def save_with_transformers(directory: Path, name: str) -> Any:
         .requires_grad_(requires_grad=False)
     )
     tiny.randomise(model)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0, 0.3, generator=torch.Generator().manual_seed(len(name)))
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(directory, safe_serialization=True)
     return model

@@ -110,7 +110,7 @@ def test_routing_is_theirs(get: Callable[[str], tiny.Tiny], name: str) -> None:
         spec = model.spec.layers[layer].mlp
         assert isinstance(spec, MoESpec)
         router = model.checkpoint.read(f"model.layers.{layer}.mlp.gate.weight")
-        choice = route(x.reshape(-1, x.shape[-1]), router, spec)
+        choice = route(x.reshape(-1, x.shape[-1]), {"mlp.gate.weight": router}, spec)
         assert choice.topk_ids_TK.equal(experts)
         assert choice.score_TK.dtype == torch.float32
         assert error(choice.score_TK, scores) < 1e-6

@@ -192,7 +192,7 @@ def test_routed_rows_counts_and_scores_are_the_experts_own(get: Callable[[str], 
 def test_a_routed_block_is_rebuilt_from_its_taps(get: Callable[[str], tiny.Tiny], name: str) -> None:
     passed = run(get(name))
     moe, seen = passed.moe, passed.mlp.seen
-    choice = route(seen[Source.MLP_IN], passed.weights["mlp.gate.weight"], moe)
+    choice = route(seen[Source.MLP_IN], passed.weights, moe)
     rows = naive_rows(choice.topk_ids_TK, choice.score_TK, moe.num_experts)
     out = torch.zeros(TOKENS, passed.spec.hidden_size)
     for r, (expert, token, _) in enumerate(rows):

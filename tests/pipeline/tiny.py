@@ -27,6 +27,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VOCAB = 128
+LATENT = {
+    "intermediate_size": 128,
+    "moe_intermediate_size": 64,
+    "q_lora_rank": None,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     family: {
         "model_type": family,
@@ -66,6 +80,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "num_experts_per_tok": 2,
             "first_k_dense_replace": 1,
         },
+        "deepseek_v2": LATENT | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+        "deepseek_v3": LATENT | {"n_group": 2, "topk_group": 1, "q_lora_rank": 64},
     }.items()
 }
 

@@ -5,14 +5,13 @@ Shapes: B sequences, L positions, D hidden, H query heads, K key-value heads, C 
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from alphaquant.models.spec import AttentionSpec, QKNorm, RopeKind, RopeSpec, Source
+from alphaquant.models.spec import AttentionSpec, LatentSpec, QKNorm, Source
 from alphaquant.numerics import bf16_products
 
 if TYPE_CHECKING:
@@ -20,9 +19,10 @@ if TYPE_CHECKING:
 
     from alphaquant.models.tap import Tap
 
-__all__ = ["KeyValueCache", "attention", "rms_norm", "rope_tables"]
+__all__ = ["KeyValueCache", "attention", "rms_norm"]
 
 _QUERIES = 128  # queries of a block
+_LATENT_EPS = 1e-6  # of the latents' norms, whatever the config says of the others
 _SCORES = 1 << 19  # scores alive together: they stay in a core's cache
 
 
@@ -55,33 +55,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * normed.to(x.dtype)
 
 
-def rope_tables(spec: RopeSpec, head_dim: int, positions_L: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines `[L, C]` in fp32 of the rotary embedding at the given positions.
-
-    Source: Su et al. 2021 (RoFormer), half-split layout; `llama3` as published with Llama 3.1.
-    """
-    exponents = torch.arange(0, head_dim, 2, device=positions_L.device).float() / head_dim
-    inv_freq = 1.0 / spec.theta**exponents
-    if spec.kind is RopeKind.LINEAR:
-        inv_freq = inv_freq / spec.factor
-    elif spec.kind is RopeKind.LLAMA3:
-        wavelength = 2 * math.pi / inv_freq
-        turns = spec.original_max_positions / wavelength
-        smooth = (turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)
-        smooth = smooth.clamp(0, 1)
-        inv_freq = (1 - smooth) * inv_freq / spec.factor + smooth * inv_freq
-    angles = positions_L.float()[:, None] * inv_freq[None]
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x_BHLC: Tensor, cos_LC: Tensor, sin_LC: Tensor) -> Tensor:
-    first, second = x_BHLC.chunk(2, -1)
-    out = x_BHLC * cos_LC
-    half = x_BHLC.shape[-1] // 2
+def _rotate(x_BHLC: Tensor, rope_LC: tuple[Tensor, Tensor]) -> Tensor:
+    """The first channels, as many as the tables have, turned by halves; those behind them as they are."""
+    cos_LC, sin_LC = (table.to(x_BHLC.dtype) for table in rope_LC)
+    width, half = cos_LC.shape[-1], cos_LC.shape[-1] // 2
+    turned, still = x_BHLC.split([width, x_BHLC.shape[-1] - width], -1)
+    first, second = turned.chunk(2, -1)
+    out = turned * cos_LC
     out[..., :half].addcmul_(second, sin_LC[:, :half], value=-1)
     out[..., half:].addcmul_(first, sin_LC[:, half:])
-    return out
+    return torch.cat([out, still], -1) if still.shape[-1] else out
 
 
 def _causal_mask(query_len: int, key_len: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -94,19 +77,23 @@ def _causal_mask(query_len: int, key_len: int, window: int | None, device: torch
     return mask if window is None else mask & (key > query - window)
 
 
-def _scaled_dot_product(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, window: int | None) -> Tensor:
-    """Causal attention; the last query sees the last key."""
+def _scaled_dot_product(
+    q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, window: int | None = None, scale: float | None = None
+) -> Tensor:
+    """Causal attention; the last query sees the last key. Scores are scaled by one over the root of C by default."""
     blocked = q_BHLC.device.type == "cpu" and q_BHLC.dtype is torch.bfloat16 and not torch.is_grad_enabled()
     if blocked and q_BHLC.shape[2] == k_BKLC.shape[2]:
-        return _blocked_attention(q_BHLC, k_BKLC, v_BKLC, window)
+        return _blocked_attention(q_BHLC, k_BKLC, v_BKLC, window, scale)
     mask = _causal_mask(q_BHLC.shape[2], k_BKLC.shape[2], window, q_BHLC.device)
     grouped = q_BHLC.shape[1] != k_BKLC.shape[1]
     return F.scaled_dot_product_attention(
-        q_BHLC, k_BKLC, v_BKLC, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        q_BHLC, k_BKLC, v_BKLC, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped, scale=scale
     )
 
 
-def _blocked_attention(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, window: int | None) -> Tensor:
+def _blocked_attention(
+    q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, window: int | None, scale: float | None
+) -> Tensor:
     """The same in bf16 on a CPU, twice as fast: block by block of queries over the keys they may see.
 
     Scores are fp32 sums of bf16 products, probabilities are rounded to bf16, as in the library's own kernel.
@@ -115,14 +102,15 @@ def _blocked_attention(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, window: i
     repeats = num_heads // k_BKLC.shape[1]
     if repeats > 1:
         k_BKLC, v_BKLC = k_BKLC.repeat_interleave(repeats, 1), v_BKLC.repeat_interleave(repeats, 1)
-    # S: sequences times heads
-    q_SLC, k_SLC, v_SLC = (t.reshape(-1, length, channels) for t in (q_BHLC, k_BKLC, v_BKLC))
-    out_SLC = torch.empty_like(q_SLC)
+    # S: sequences times heads; values may have channels of another number
+    q_SLC, k_SLC, v_SLC = (t.reshape(-1, length, t.shape[-1]) for t in (q_BHLC, k_BKLC, v_BKLC))
+    out_SLC = torch.empty_like(v_SLC)
+    scale = channels**-0.5 if scale is None else scale
     hidden = torch.full((_QUERIES, _QUERIES), -torch.inf).triu(1)
     step = max(1, _SCORES // (_QUERIES * length))
     for cut in range(0, num_sequences * num_heads, step):
         part = slice(cut, cut + step)
-        q, k, v = q_SLC[part].float().mul_(channels**-0.5), k_SLC[part].float().transpose(1, 2), v_SLC[part]
+        q, k, v = q_SLC[part].float().mul_(scale), k_SLC[part].float().transpose(1, 2), v_SLC[part]
         for start in range(0, length, _QUERIES):
             end = min(start + _QUERIES, length)
             first = 0 if window is None else max(0, start - window + 1)
@@ -133,13 +121,13 @@ def _blocked_attention(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, window: i
                 query, key = torch.arange(start, end)[:, None], torch.arange(first, end)[None]
                 scores.masked_fill_(key <= query - window, -torch.inf)
             out_SLC[part, start:end] = torch.bmm(scores.softmax(-1).bfloat16(), v[:, first:end])
-    return out_SLC.view_as(q_BHLC)
+    return out_SLC.view(num_sequences, num_heads, length, -1)
 
 
 def attention(
     x_BLD: Tensor,
     weights: Mapping[str, Tensor],
-    spec: AttentionSpec,
+    spec: AttentionSpec | LatentSpec,
     eps: float,
     rope_LC: tuple[Tensor, Tensor],
     tap: Tap | None = None,
@@ -151,11 +139,31 @@ def attention(
     """
     if tap is not None:
         tap(Source.ATTENTION_IN, x_BLD)
+    if isinstance(spec, LatentSpec):
+        window, scale = None, spec.softmax_scale
+        q, k, v = _latent_heads(x_BLD, weights, spec, rope_LC, tap)
+    else:
+        window, scale = spec.sliding_window, None
+        q, k, v = _heads(x_BLD, weights, spec, eps, rope_LC)
+    if cache is not None:
+        k, v = cache.append(k, v)
+    context = _scaled_dot_product(q, k, v, window, scale)
+    context_BLD = context.transpose(1, 2).flatten(2)
+    if tap is not None:
+        tap(Source.ATTENTION_OUT, context_BLD)
+        return x_BLD
+    return _project("o_proj", context_BLD, weights)
 
-    def project(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, weights[f"self_attn.{name}.weight"], weights.get(f"self_attn.{name}.bias"))
 
-    q, k, v = project("q_proj", x_BLD), project("k_proj", x_BLD), project("v_proj", x_BLD)
+def _project(name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    return F.linear(x, weights[f"self_attn.{name}.weight"], weights.get(f"self_attn.{name}.bias"))
+
+
+def _heads(
+    x_BLD: Tensor, weights: Mapping[str, Tensor], spec: AttentionSpec, eps: float, rope_LC: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries `[B, H, L, C]`, keys and values `[B, K, L, C]` of grouped-query attention."""
+    q, k, v = (_project(name, x_BLD, weights) for name in ("q_proj", "k_proj", "v_proj"))
     if spec.qk_norm is QKNorm.FULL:
         q = rms_norm(q, weights["self_attn.q_norm.weight"], eps)
         k = rms_norm(k, weights["self_attn.k_norm.weight"], eps)
@@ -165,13 +173,37 @@ def attention(
     if spec.qk_norm is QKNorm.HEAD:
         q = rms_norm(q, weights["self_attn.q_norm.weight"], eps)
         k = rms_norm(k, weights["self_attn.k_norm.weight"], eps)
-    cos, sin = (table.to(q.dtype) for table in rope_LC)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    if cache is not None:
-        k, v = cache.append(k, v)
-    context = _scaled_dot_product(q, k, v, spec.sliding_window)
-    context_BLD = context.transpose(1, 2).flatten(2)
-    if tap is not None:
-        tap(Source.ATTENTION_OUT, context_BLD)
-        return x_BLD
-    return project("o_proj", context_BLD)
+    return _rotate(q, rope_LC), _rotate(k, rope_LC), v
+
+
+def _latent_heads(
+    x_BLD: Tensor, weights: Mapping[str, Tensor], spec: LatentSpec, rope_LC: tuple[Tensor, Tensor], tap: Tap | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys `[B, H, L, C]` and values `[B, H, L, V]` of latent attention, keys and values expanded.
+
+    Source: DeepSeek-V2 (2024), equations 9 to 19 and 37 to 47, with norms of both latents as its checkpoints have.
+    """
+
+    def latent(name: str, x: Tensor, source: Source) -> Tensor:
+        normed = rms_norm(x, weights[f"self_attn.{name}_layernorm.weight"], _LATENT_EPS)
+        if tap is not None:
+            tap(source, normed)
+        return normed
+
+    def turned(x_BHLC: Tensor) -> Tensor:
+        if spec.interleaved:  # neighbours to halves, in queries and keys alike: their products stay what they are
+            x_BHLC = x_BHLC.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return _rotate(x_BHLC, rope_LC)
+
+    if spec.q_rank is None:
+        q = _project("q_proj", x_BLD, weights)
+    else:
+        q = latent("q_a", _project("q_a_proj", x_BLD, weights), Source.QUERY_LATENT)
+        q = _project("q_b_proj", q, weights)
+    q_nope, q_rope = q.unflatten(-1, (spec.num_heads, -1)).transpose(1, 2).split([spec.nope_dim, spec.rotary_dim], -1)
+    compressed = _project("kv_a_proj_with_mqa", x_BLD, weights)
+    kv, k_rope = compressed.split([spec.kv_rank, spec.rotary_dim], -1)
+    kv = _project("kv_b_proj", latent("kv_a", kv, Source.KV_LATENT), weights)
+    k_nope, v = kv.unflatten(-1, (spec.num_heads, -1)).transpose(1, 2).split([spec.nope_dim, spec.value_dim], -1)
+    k_rope = turned(k_rope[:, None]).expand(-1, spec.num_heads, -1, -1)
+    return torch.cat([q_nope, turned(q_rope)], -1), torch.cat([k_nope, k_rope], -1), v

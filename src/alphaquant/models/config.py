@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +35,8 @@ class ConfigReader:
             raise ConfigError(f"config.json lacks {key!r}", where=self.where, remedy=f"add {key!r} to config.json")
         return value
 
-    def _wrong(self, key: str, value: Any, expected: str) -> ConfigError:
+    def wrong(self, key: str, value: Any, expected: str) -> ConfigError:
+        """The error for a value that is not what was expected."""
         remedy = f"check {key} in config.json; where it is right, alphaquant has no such model yet"
         return ConfigError(f"{key} is {value!r}; expected {expected}", where=self.where, remedy=remedy)
 
@@ -51,45 +54,50 @@ class ConfigReader:
             if not self.has(key):
                 return self.size(or_key)
             if self._config[key] != self._config[or_key]:
-                raise self._wrong(key, self._config[key], f"the same as {or_key}, {self._config[or_key]!r}")
+                raise self.wrong(key, self._config[key], f"the same as {or_key}, {self._config[or_key]!r}")
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _MAX_SIZE:
-            raise self._wrong(key, value, "a positive integer")
+            raise self.wrong(key, value, "a positive integer")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
         """An integer from zero on."""
         value = self._get(key, default)
         if not _is_count(value):
-            raise self._wrong(key, value, "an integer from 0 on")
+            raise self.wrong(key, value, "an integer from 0 on")
         return int(value)
 
     def counts(self, key: str) -> tuple[int, ...]:
         """A list of integers from zero on; empty where the key is absent or null."""
         value = self._config.get(key)
         if value is not None and not (isinstance(value, list) and all(map(_is_count, value))):
-            raise self._wrong(key, value, "a list of integers from 0 on")
+            raise self.wrong(key, value, "a list of integers from 0 on")
         return tuple(value or ())
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive finite number."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise self._wrong(key, value, "a positive number")
+            raise self.wrong(key, value, "a positive number")
         return float(value)
+
+    def number_or_zero(self, key: str) -> float:
+        """A finite number from zero on; zero where the key is absent or null."""
+        value = self._get(key, 0)
+        return 0.0 if value == 0 and not isinstance(value, bool) else self.number(key)
 
     def flag(self, key: str, *, default: bool) -> bool:
         """True or false."""
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise self._wrong(key, value, "true or false")
+            raise self.wrong(key, value, "true or false")
         return value
 
     def choice(self, key: str, known: tuple[str, ...], default: str | None = None) -> str:
         """One of the known strings."""
         value = self._get(key, default)
         if value not in known:
-            raise self._wrong(key, value, f"one of {', '.join(known)} (no other is implemented for this family)")
+            raise self.wrong(key, value, f"one of {', '.join(known)} (no other is implemented for this family)")
         return str(value)
 
     def choices(self, key: str, known: tuple[str, ...], length: int) -> tuple[str, ...] | None:
@@ -98,10 +106,10 @@ class ConfigReader:
         if value is None:
             return None
         if not isinstance(value, list) or len(value) != length:
-            raise self._wrong(key, value, f"a list of {length}, one for each layer")
+            raise self.wrong(key, value, f"a list of {length}, one for each layer")
         for item in value:
             if item not in known:
-                raise self._wrong(key, item, f"of {', '.join(known)} (no other is implemented for this family)")
+                raise self.wrong(key, item, f"of {', '.join(known)} (no other is implemented for this family)")
         return tuple(value)
 
     def never(self, *keys: str) -> None:
@@ -109,7 +117,7 @@ class ConfigReader:
         for key in keys:
             value = self._config.get(key)
             if value is not None and value is not False:
-                raise self._wrong(key, value, "none, or false (it is not implemented for this family)")
+                raise self.wrong(key, value, "none, or false (it is not implemented for this family)")
 
     def optional_number(self, key: str) -> float | None:
         """A positive number, or None where the key is absent or null."""
@@ -128,26 +136,68 @@ class ConfigReader:
 
     def rope(self, default_theta: float = 10000.0) -> RopeSpec:
         """Rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-        section = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
-        if not isinstance(section, dict):
-            raise self._wrong("rope_parameters", section, "an object")
-        top_level_theta = self._config.get("rope_theta")
-        rope = ConfigReader({"rope_theta": top_level_theta, **section}, f"{self.where}, rope")
+        rope = self._rope_section()
         kind_key = "rope_type" if rope.has("rope_type") else "type"
         kind = RopeKind(rope.choice(kind_key, tuple(k.value for k in RopeKind), RopeKind.DEFAULT.value))
         theta = rope.number("rope_theta", default_theta)
         if kind is RopeKind.DEFAULT:
             return RopeSpec(theta)
-        if kind is RopeKind.LINEAR:
-            return RopeSpec(theta, kind, rope.number("factor"))
+        if kind is RopeKind.YARN:
+            return self._yarn(rope, theta)
+        factor = rope.number("factor")
+        gain = _mscale(factor, rope.number_or_zero("mscale_all_dim")) ** 2
+        spec = RopeSpec(theta, kind, factor, latent_gain=gain)
+        if kind is RopeKind.DYNAMIC:
+            return replace(spec, original_max_positions=self.size("max_position_embeddings"))
+        if kind is RopeKind.LLAMA3:
+            return replace(
+                spec,
+                low_freq_factor=rope.number("low_freq_factor"),
+                high_freq_factor=rope.number("high_freq_factor"),
+                original_max_positions=rope.size("original_max_position_embeddings"),
+            )
+        return spec
+
+    def _yarn(self, rope: ConfigReader, theta: float) -> RopeSpec:
+        if theta <= 1:
+            raise rope.wrong("rope_theta", theta, "more than 1")
+        longest = self.size("max_position_embeddings")
+        key = "original_max_position_embeddings"
+        original = self.size(key) if self.has(key) else rope.size(key, longest)  # as transformers ranks them
+        factor = rope.number("factor", longest / original)
+        of_rope, of_all = rope.number_or_zero("mscale"), rope.number_or_zero("mscale_all_dim")
+        told = _mscale(factor, of_rope) / _mscale(factor, of_all) if of_rope and of_all else _mscale(factor, 1.0)
         return RopeSpec(
             theta,
-            kind,
-            rope.number("factor"),
-            rope.number("low_freq_factor"),
-            rope.number("high_freq_factor"),
-            rope.size("original_max_position_embeddings"),
+            RopeKind.YARN,
+            factor,
+            original_max_positions=original,
+            beta_fast=rope.number("beta_fast", 32.0),
+            beta_slow=rope.number("beta_slow", 1.0),
+            truncate=rope.flag("truncate", default=True),
+            attention_factor=rope.number("attention_factor", told),
+            latent_gain=_mscale(factor, of_all) ** 2,
         )
+
+    def rotary_share(self, default: float | None = None) -> float:
+        """How much of a head turns with the position; without a default only all of it is implemented."""
+        rope, key = self._rope_section(), "partial_rotary_factor"
+        share = rope.number(key, default or 1.0)
+        if share > 1 or (default is None and share != 1):
+            raise rope.wrong(key, share, "1 (no other is implemented for this family)" if default is None else "0 to 1")
+        return share
+
+    def _rope_section(self) -> ConfigReader:
+        section = self._config.get("rope_parameters") or self._config.get("rope_scaling") or {}
+        if not isinstance(section, dict):
+            raise self.wrong("rope_parameters", section, "an object")
+        at_top = {key: self._config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+        return ConfigReader(at_top | section, f"{self.where}, rope")
+
+
+def _mscale(factor: float, weight: float) -> float:
+    """YaRN's growth of attention with length, equation 22."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _is_count(value: object) -> bool:

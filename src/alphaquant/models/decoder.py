@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from alphaquant.models.attention import KeyValueCache, attention, rms_norm, rope_tables
+from alphaquant.models.attention import KeyValueCache, attention, rms_norm
 from alphaquant.models.moe import feed_forward
+from alphaquant.models.rope import rope_tables
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,8 +29,7 @@ LayerWeights = dict[str, Tensor]
 
 def rope_for(spec: ModelSpec, length: int, device: torch.device | str, start: int = 0) -> tuple[Tensor, Tensor]:
     """Rotary tables for positions `start … start + length`."""
-    positions = torch.arange(start, start + length, device=device)
-    return rope_tables(spec.rope, spec.layers[0].attention.head_dim, positions)
+    return rope_tables(spec.rope, spec.layers[0].attention.rotary_dim, length, device, start)
 
 
 def attention_half(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from alphaquant.models.spec import MLPSpec, MoESpec, Source
+from alphaquant.models.spec import MLPSpec, MoESpec, Scoring, Source
 from alphaquant.models.tap import Routing
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "feed_forward", "route"]
 
 _ROWS = 128
+_TINY = 1e-20  # sigmoids may all be zero
 
 
 class Choice(NamedTuple):
@@ -31,15 +32,34 @@ class Choice(NamedTuple):
     score_TK: Tensor
 
 
-def route(x_TD: Tensor, router_ED: Tensor, spec: MoESpec) -> Choice:
-    """Softmax over all experts in fp32, then top-k, renormalised and scaled only where the model says so."""
-    probs_TE = F.linear(x_TD, router_ED).float().softmax(-1)
-    score_TK, topk_ids_TK = probs_TE.topk(spec.top_k, -1)
+def route(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec) -> Choice:
+    """Scores of all experts in fp32, then top-k, renormalised and scaled only where the model says so."""
+    router_ED = weights["mlp.gate.weight"]
+    if spec.exact_logits:
+        x_TD, router_ED = x_TD.float(), router_ED.float()
+    logits_TE = F.linear(x_TD, router_ED).float()
+    if spec.scoring is Scoring.SIGMOID:
+        all_TE = logits_TE.sigmoid()
+        merit_TE = _of_best_groups(all_TE + weights["mlp.gate.e_score_correction_bias"], spec, 2, -torch.inf)
+        topk_ids_TK = merit_TE.topk(spec.top_k, -1).indices
+        score_TK = all_TE.gather(-1, topk_ids_TK)
+    else:
+        score_TK, topk_ids_TK = _of_best_groups(logits_TE.softmax(-1), spec, 1, 0.0).topk(spec.top_k, -1)
     if spec.normalize_top_k:
-        score_TK = score_TK / score_TK.sum(-1, keepdim=True)
+        score_TK = score_TK / (score_TK.sum(-1, keepdim=True) + _TINY)
     if spec.routed_scaling != 1.0:
         score_TK = score_TK * spec.routed_scaling
     return Choice(topk_ids_TK, score_TK)
+
+
+def _of_best_groups(merit_TE: Tensor, spec: MoESpec, num_best: int, without: float) -> Tensor:
+    """Merits, those outside the best groups replaced; a group counts as the sum of its best `num_best` experts."""
+    if spec.top_groups == spec.num_groups:
+        return merit_TE
+    grouped: Tensor = merit_TE.unflatten(-1, (spec.num_groups, -1))
+    chosen = grouped.topk(num_best, -1).values.sum(-1).topk(spec.top_groups, -1).indices
+    is_out = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=merit_TE.device).scatter(-1, chosen, value=False)
+    return merit_TE.masked_fill(is_out.repeat_interleave(grouped.shape[-1], -1), without)
 
 
 def feed_forward(
@@ -88,7 +108,7 @@ def _mlp(
 
 
 def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap | None) -> Tensor:
-    choice = route(x_TD, weights["mlp.gate.weight"], spec)
+    choice = route(x_TD, weights, spec)
     expert_R = choice.topk_ids_TK.flatten()
     order_R = expert_R.argsort(stable=True)
     counts_E = expert_R.bincount(minlength=spec.num_experts)

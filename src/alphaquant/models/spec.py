@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+import torch
+
 from alphaquant.plan import Module, ModuleKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    import torch
-
 __all__ = [
     "AttentionSpec",
+    "LatentSpec",
     "LayerSpec",
     "MLPSpec",
     "MoESpec",
@@ -27,6 +28,7 @@ __all__ = [
     "QKNorm",
     "RopeKind",
     "RopeSpec",
+    "Scoring",
     "Source",
 ]
 
@@ -44,13 +46,29 @@ class RopeKind(Enum):
 
     DEFAULT = "default"
     LINEAR = "linear"
+    DYNAMIC = "dynamic"
+    YARN = "yarn"
     LLAMA3 = "llama3"
+
+
+class Scoring(Enum):
+    """How a router's logits become scores.
+
+    SOFTMAX: over all experts; a group counts as much as its best expert (DeepSeek-V2).
+    SIGMOID: of each by itself; a learned correction is added where experts are chosen, not where their outputs are
+    weighted, and a group counts as much as its best two (DeepSeek-V3).
+    """
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
 
 
 class Source(Enum):
     """An activation that linears read; linears with one source share its Hessian."""
 
     ATTENTION_IN = "attention_in"
+    QUERY_LATENT = "query_latent"
+    KV_LATENT = "kv_latent"
     ATTENTION_OUT = "attention_out"
     MLP_IN = "mlp_in"
     MLP_HIDDEN = "mlp_hidden"
@@ -63,7 +81,10 @@ class Source(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
-    """Rotary position embedding (Su et al. 2021) and its length extensions."""
+    """Rotary position embedding (Su et al. 2021) and its length extensions.
+
+    `attention_factor` multiplies cosines and sines; `latent_gain` the softmax scale of latent attention.
+    """
 
     theta: float
     kind: RopeKind = RopeKind.DEFAULT
@@ -71,20 +92,46 @@ class RopeSpec:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+    latent_gain: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """Grouped-query attention."""
+    """Grouped-query attention; the first `rotary_dim` channels of a head turn with the position."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    rotary_dim: int
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: QKNorm = QKNorm.NONE
     clip_qkv: float | None = None
     sliding_window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values come from one low-rank latent.
+
+    A query or key is `nope_dim` channels without position, then `rotary_dim` with it, of which neighbours turn
+    together where `interleaved`, else halves; the key's are shared by all heads. Without `q_rank` queries have no
+    latent.
+    """
+
+    num_heads: int
+    nope_dim: int
+    rotary_dim: int
+    value_dim: int
+    kv_rank: int
+    q_rank: int | None
+    softmax_scale: float
+    bias: bool = False
+    interleaved: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +144,10 @@ class MLPSpec:
 
 @dataclass(frozen=True, slots=True)
 class MoESpec:
-    """Routed experts with softmax top-k scores, and shared experts where `shared` is set.
+    """Routed experts with top-k scores, and shared experts where `shared` is set.
 
-    `routed_scaling` multiplies the scores, after they were renormalised where they are.
+    `routed_scaling` multiplies the scores, after they were renormalised where they are. With `num_groups` above one
+    only the experts of the best `top_groups` may be chosen. `exact_logits`: the router's product itself is fp32.
     """
 
     num_experts: int
@@ -109,13 +157,17 @@ class MoESpec:
     routed_scaling: float = 1.0
     shared: MLPSpec | None = None
     shared_gate: bool = False
+    scoring: Scoring = Scoring.SOFTMAX
+    num_groups: int = 1
+    top_groups: int = 1
+    exact_logits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """One decoder layer: attention, then a dense or a routed feed-forward block."""
 
-    attention: AttentionSpec
+    attention: AttentionSpec | LatentSpec
     mlp: MLPSpec | MoESpec
 
 
@@ -124,7 +176,8 @@ class Parameter:
     """One parameter of a layer, stacked over experts where `num_experts` is set.
 
     `role` is its canonical name inside the layer, with `*` for the expert; `shape` is that of one expert.
-    Parameters with a `source` are linears that a plan may quantize.
+    Parameters with a `source` are linears that a plan may quantize. One with a `dtype` keeps it, whatever the type
+    that is worked in.
     """
 
     role: str
@@ -133,6 +186,7 @@ class Parameter:
     kind: ModuleKind
     num_experts: int | None = None
     source: Source | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def key(self) -> str:
@@ -221,13 +275,19 @@ def _module(name: str, alias: str, parameter: Parameter) -> Module:
 
 def _layer_parameters(hidden: int, layer: LayerSpec) -> Iterator[Parameter]:
     yield Parameter("input_layernorm", "weight", (hidden,), ModuleKind.NORM)
-    yield from _attention_parameters(hidden, layer.attention)
+    if isinstance(layer.attention, LatentSpec):
+        yield from _latent_parameters(hidden, layer.attention)
+    else:
+        yield from _attention_parameters(hidden, layer.attention)
     yield Parameter("post_attention_layernorm", "weight", (hidden,), ModuleKind.NORM)
     if isinstance(layer.mlp, MLPSpec):
         yield from _mlp_parameters("mlp", hidden, layer.mlp, ModuleKind.MLP, (Source.MLP_IN, Source.MLP_HIDDEN))
         return
     moe = layer.mlp
     yield Parameter("mlp.gate", "weight", (moe.num_experts, hidden), ModuleKind.ROUTER, source=Source.MLP_IN)
+    if moe.scoring is Scoring.SIGMOID:
+        leaf = "e_score_correction_bias"
+        yield Parameter("mlp.gate", leaf, (moe.num_experts,), ModuleKind.ROUTER, dtype=torch.float32)
     experts = MLPSpec(moe.intermediate_size)
     sources = (Source.EXPERT_IN, Source.EXPERT_HIDDEN)
     yield from _mlp_parameters("mlp.experts.*", hidden, experts, ModuleKind.EXPERT, sources, moe.num_experts)
@@ -253,6 +313,28 @@ def _attention_parameters(hidden: int, spec: AttentionSpec) -> Iterator[Paramete
     yield Parameter("self_attn.o_proj", "weight", (hidden, width), kind, source=Source.ATTENTION_OUT)
     if spec.out_bias:
         yield Parameter("self_attn.o_proj", "bias", (hidden,), kind)
+
+
+def _latent_parameters(hidden: int, spec: LatentSpec) -> Iterator[Parameter]:
+    kind = ModuleKind.ATTENTION
+
+    def linear(name: str, out: int, wide: int, source: Source, *, bias: bool = False) -> Iterator[Parameter]:
+        yield Parameter(f"self_attn.{name}", "weight", (out, wide), kind, source=source)
+        if bias:
+            yield Parameter(f"self_attn.{name}", "bias", (out,), kind)
+
+    query_width = spec.num_heads * (spec.nope_dim + spec.rotary_dim)
+    if spec.q_rank is None:
+        yield from linear("q_proj", query_width, hidden, Source.ATTENTION_IN)
+    else:
+        yield from linear("q_a_proj", spec.q_rank, hidden, Source.ATTENTION_IN, bias=spec.bias)
+        yield Parameter("self_attn.q_a_layernorm", "weight", (spec.q_rank,), ModuleKind.NORM)
+        yield from linear("q_b_proj", query_width, spec.q_rank, Source.QUERY_LATENT)
+    latent_width = spec.kv_rank + spec.rotary_dim
+    yield from linear("kv_a_proj_with_mqa", latent_width, hidden, Source.ATTENTION_IN, bias=spec.bias)
+    yield Parameter("self_attn.kv_a_layernorm", "weight", (spec.kv_rank,), ModuleKind.NORM)
+    yield from linear("kv_b_proj", spec.num_heads * (spec.nope_dim + spec.value_dim), spec.kv_rank, Source.KV_LATENT)
+    yield from linear("o_proj", hidden, spec.num_heads * spec.value_dim, Source.ATTENTION_OUT, bias=spec.bias)
 
 
 def _mlp_parameters(

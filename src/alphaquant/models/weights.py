@@ -215,7 +215,7 @@ def read_layer(
     for parameter in spec.parameters(layer):
         names = spec.tensor_names(layer, parameter)
         if parameter.num_experts is None:
-            weights[parameter.key] = _read(source, names[0], parameter.shape, dtype).to(device)
+            weights[parameter.key] = _read(source, names[0], parameter.shape, parameter.dtype or dtype).to(device)
             continue
         stacked = torch.empty(parameter.num_experts, *parameter.shape, dtype=dtype)
         for out, name in zip(stacked.unbind(), names, strict=True):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerQuantizer", "QuantizedLayer"]
 
-_ATTENTION = (Source.ATTENTION_IN, Source.ATTENTION_OUT)
+_ATTENTION = (Source.ATTENTION_IN, Source.QUERY_LATENT, Source.KV_LATENT, Source.ATTENTION_OUT)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from alphaquant.models.families.base import Family, attention, dense
+from alphaquant.models.families.base import SHARED_EXPERTS, Family, attention, deepseek_is_routed, dense
 from alphaquant.models.spec import LayerSpec, MLPSpec, MoESpec
 
 if TYPE_CHECKING:
     from alphaquant.models.config import ConfigReader
 
 __all__ = ["DEEPSEEK"]
-
-_NAMES = {f"mlp.shared_expert.{name}": f"mlp.shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
 
 
 def _layers(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
@@ -31,9 +29,8 @@ def _layers(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
         routed_scaling=cfg.number("routed_scaling_factor", 1.0),
         shared=MLPSpec(num_shared * inner) if num_shared else None,
     )
-    first, every, plain = cfg.count("first_k_dense_replace", 0), cfg.size("moe_layer_freq", 1), dense(cfg)
-    routed = [layer >= first and layer % every == 0 for layer in range(cfg.size("num_hidden_layers"))]
+    plain, routed = dense(cfg), deepseek_is_routed(cfg, num_dense=0)
     return tuple(LayerSpec(heads, moe if is_routed else plain) for is_routed in routed)
 
 
-DEEPSEEK = Family("deepseek", _layers, _NAMES)
+DEEPSEEK = Family("deepseek", _layers, SHARED_EXPERTS)

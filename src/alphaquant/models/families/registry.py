@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from alphaquant.errors import ConfigError
 from alphaquant.models.config import ConfigReader
 from alphaquant.models.families.deepseek import DEEPSEEK
+from alphaquant.models.families.deepseek_v2 import DEEPSEEK_V2
+from alphaquant.models.families.deepseek_v3 import DEEPSEEK_V3
 from alphaquant.models.families.llama import LLAMA
 from alphaquant.models.families.mistral import MISTRAL
 from alphaquant.models.families.mixtral import MIXTRAL
@@ -27,6 +29,8 @@ __all__ = ["FAMILIES", "detect"]
 
 FAMILIES: dict[str, Family] = {
     "deepseek": DEEPSEEK,
+    "deepseek_v2": DEEPSEEK_V2,
+    "deepseek_v3": DEEPSEEK_V3,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
