@@ -24,6 +24,7 @@ ORDER = (
     ("demo",),
     ("",),
     ("report",),
+    ("gptq",),
     ("pipeline",),
     ("evaluation", "calibration"),
     ("layouts",),

@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 from alphaquant.errors import AlphaQuantError
+from alphaquant.gptq import export
 from alphaquant.pipeline import load
 
 __version__ = version("alphaquant-moe")
-__all__ = ["AlphaQuantError", "__version__", "load"]
+__all__ = ["AlphaQuantError", "__version__", "export", "load"]

@@ -105,7 +105,7 @@ def test_a_dense_directory_keeps_no_codes(fails, quantized, tmp_path, works):
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 def test_unknown_devices(fails, llama, tmp_path, text, device, dry):
     args = ("--device", device)
-    says = (f"--device '{device}'", "cpu")
+    says = (f"device '{device}'", "cpu")
     fails("quantize", llama, *INT4, "--calib", text, "--seqlen", 32, "-o", tmp_path / "out", *args, *dry, says=says)
     fails("eval", llama, "--data", text, "--seqlen", 32, *args, says=says)
     assert tiny.listing(tmp_path) == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from alphaquant.calibration.batches import loader_tokens
 from alphaquant.calibration.texts import SOURCES, Conversation, Split, is_tokenised, load_rows, load_text
 from alphaquant.calibration.tokens import (
     TokenBatch,
@@ -23,4 +24,5 @@ __all__ = [
     "load_rows",
     "load_text",
     "load_tokenizer",
+    "loader_tokens",
 ]

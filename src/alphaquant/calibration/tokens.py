@@ -30,7 +30,14 @@ if TYPE_CHECKING:
     from jinja2.parser import Parser
     from torch import Tensor
 
-__all__ = ["TokenBatch", "Tokenizer", "calibration_tokens", "evaluation_windows", "load_tokenizer"]
+__all__ = [
+    "TokenBatch",
+    "Tokenizer",
+    "calibration_tokens",
+    "check_vocabulary",
+    "evaluation_windows",
+    "load_tokenizer",
+]
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE_REMEDY = "give text instead of chat messages, or add a chat_template.jinja to the model directory"
@@ -213,7 +220,7 @@ def calibration_tokens(
         # randint excludes its end: the very last window is never drawn, and a text of one window needs no draw.
         starts_N = torch.randint(0, last, (num_drawn,), generator=generator) if last else torch.zeros(1).long()
         ids_NL = ids_M[starts_N[:, None] + torch.arange(seqlen)]
-        _check_vocabulary(source, ids_NL, vocab_size)
+        check_vocabulary(source, ids_NL, vocab_size)
     return _make_batch(source, ids_NL, num_available, num_samples, num_windows)
 
 
@@ -247,7 +254,7 @@ def evaluation_windows(
         num_available, num_windows = len(ids_M), _count_windows(source, len(ids_M), seqlen)
         num_taken = num_windows if max_windows is None else min(max_windows, num_windows)
         ids_NL = ids_M[: num_taken * seqlen].view(num_taken, seqlen)
-        _check_vocabulary(source, ids_NL, vocab_size)
+        check_vocabulary(source, ids_NL, vocab_size)
     return _make_batch(source, ids_NL, num_available, max_windows, num_windows)
 
 
@@ -292,7 +299,7 @@ def _load_row_batch(source: str, seqlen: int, vocab_size: int) -> tuple[Tensor, 
                 remedy="use a smaller --seqlen, or longer rows",
             )
     ids_NL = torch.stack([row[:seqlen] for row in rows])
-    _check_vocabulary(source, ids_NL, vocab_size)
+    check_vocabulary(source, ids_NL, vocab_size)
     return ids_NL, sum(map(len, rows))
 
 
@@ -307,7 +314,12 @@ def _count_windows(source: str, num_available: int, seqlen: int) -> int:
     return num_available // seqlen
 
 
-def _check_vocabulary(source: str, ids_NL: Tensor, vocab_size: int) -> None:
+def check_vocabulary(source: str, ids_NL: Tensor, vocab_size: int) -> None:
+    """Refuse ids that are outside the vocabulary; `source` is named.
+
+    Raises:
+        CalibrationError: names the first one.
+    """
     outside = ((ids_NL < 0) | (ids_NL >= vocab_size)).nonzero()
     if len(outside):
         row, column = outside[0].tolist()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from alphaquant.checkpoint import resolve_model
-from alphaquant.cli.options import DeviceOpt, DType, DTypeOpt, JsonOpt, QuietOpt, print_json, torch_device
+from alphaquant.cli.options import DeviceOpt, DType, DTypeOpt, JsonOpt, QuietOpt, print_json
 from alphaquant.errors import ConfigError
 from alphaquant.evaluation import Quality
 from alphaquant.pipeline import (
@@ -19,6 +19,7 @@ from alphaquant.pipeline import (
     prepare,
     quality_facts,
     rounded_quality,
+    torch_device,
 )
 from alphaquant.terminal import print_quality, print_tasks, progress_bar
 

@@ -9,7 +9,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from alphaquant.engines import profile_of
@@ -37,7 +36,6 @@ __all__ = [
     "plan_from",
     "print_json",
     "serving_from",
-    "torch_device",
 ]
 
 
@@ -111,22 +109,6 @@ def serving_from(engine: Engine | None, tp: int, gpu: str | None, *, legalize: b
     if gpu is not None and found is None:
         raise ConfigError(f"--gpu {gpu!r} is no compute capability", remedy="give one such as 8.0, 8.9 or 9.0")
     return Serving(profile_of(engine.value), tp, None if found is None else 10 * int(found[1]) + int(found[2]))
-
-
-def torch_device(name: str) -> torch.device:
-    """The device of that name; for `auto` a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"--device {name!r} is not a device", remedy="give auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name!r} is not supported", remedy="give auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ConfigError(f"--device {name!r} is not there: {found} CUDA devices found", remedy="give --device cpu")
-    return device
 
 
 def check_single_file(path: Path, *, overwrite: bool) -> None:

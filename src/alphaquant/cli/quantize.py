@@ -30,7 +30,6 @@ from alphaquant.cli.options import (
     plan_from,
     print_json,
     serving_from,
-    torch_device,
 )
 from alphaquant.errors import OutputError
 from alphaquant.pipeline import (
@@ -42,6 +41,7 @@ from alphaquant.pipeline import (
     prepare,
     quantize_checkpoint,
     save_single_file,
+    torch_device,
 )
 from alphaquant.solver import Backend, Effort, Method, Recipe
 from alphaquant.terminal import out, print_notes, print_result, print_sizes, progress_bar

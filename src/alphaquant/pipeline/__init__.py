@@ -1,30 +1,35 @@
 """Runs: the streaming loop, quantizing, evaluating, exporting, and what they leave on disk."""
 
 from alphaquant.pipeline.convert import export_checkpoint, save_single_file
+from alphaquant.pipeline.device import torch_device
 from alphaquant.pipeline.evaluate import evaluate_checkpoint, load
 from alphaquant.pipeline.manifest import Problem, check_shards
+from alphaquant.pipeline.memory import HeldModel, QuantizedModule, export_held, hold, quantize_held
 from alphaquant.pipeline.quality import QUALITY, keep_quality, plan_of, quality_facts, rounded_quality
 from alphaquant.pipeline.records import KindSummary, LayerRecord, ModuleRecord, RoutingRecord
 from alphaquant.pipeline.run import (
     Calibration,
     Prepared,
     QuantizeResult,
+    compute_dtype,
     peak_memory_bytes,
     planned_layout,
     prepare,
     quantize_checkpoint,
+    resolve_plan,
 )
 from alphaquant.pipeline.rundir import FOLDER, check_output, check_writable
 from alphaquant.pipeline.serving import Serving
 from alphaquant.pipeline.size import KindSize, plan_sizes
 from alphaquant.pipeline.status import RunStatus, run_status
-from alphaquant.pipeline.stream import Progress
+from alphaquant.pipeline.stream import Progress, silent
 from alphaquant.pipeline.tasks import Metric, evaluate_tasks
 
 __all__ = [
     "FOLDER",
     "QUALITY",
     "Calibration",
+    "HeldModel",
     "KindSize",
     "KindSummary",
     "LayerRecord",
@@ -34,15 +39,19 @@ __all__ = [
     "Problem",
     "Progress",
     "QuantizeResult",
+    "QuantizedModule",
     "RoutingRecord",
     "RunStatus",
     "Serving",
     "check_output",
     "check_shards",
     "check_writable",
+    "compute_dtype",
     "evaluate_checkpoint",
     "evaluate_tasks",
     "export_checkpoint",
+    "export_held",
+    "hold",
     "keep_quality",
     "load",
     "peak_memory_bytes",
@@ -52,7 +61,11 @@ __all__ = [
     "prepare",
     "quality_facts",
     "quantize_checkpoint",
+    "quantize_held",
+    "resolve_plan",
     "rounded_quality",
     "run_status",
     "save_single_file",
+    "silent",
+    "torch_device",
 ]

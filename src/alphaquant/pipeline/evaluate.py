@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.calibration import evaluation_windows, is_tokenised, load_tokenizer
+from alphaquant.checkpoint import resolve_model
 from alphaquant.errors import CalibrationError, ConfigError, NumericsError
 from alphaquant.evaluation import Quality, WindowScores, score_windows
 from alphaquant.layouts import open_source
@@ -29,6 +29,8 @@ from alphaquant.pipeline.run import compute_dtype
 from alphaquant.pipeline.stream import Progress, attend, chunks, embed, feed, silent
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from alphaquant.models import LayerWeights
@@ -43,14 +45,14 @@ def load(path: str | Path, *, dtype: str = "auto", device: torch.device | str = 
     """A checkpoint directory, original or quantized by us, as a model in memory that computes and generates.
 
     Args:
-        path: checkpoint directory.
+        path: checkpoint directory, or a hub id.
         dtype: `auto` (the checkpoint's), `bf16`, `fp16` or `fp32`.
         device: where the weights go.
 
     Raises:
         CheckpointError, ConfigError: the directory is not a checkpoint of a known family.
     """
-    source, spec = _open(Path(path))
+    source, spec = _open(resolve_model(path))
     return load_decoder(source, spec, compute_dtype(dtype, spec, torch.device(device)), device)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from alphaquant.errors import NumericsError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from alphaquant.plan import ModuleKind
 
-__all__ = ["KindSummary", "LayerRecord", "ModuleRecord", "RoutingRecord", "summarize"]
+__all__ = ["KindSummary", "LayerRecord", "ModuleRecord", "RoutingRecord", "require_finite", "summarize"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,19 @@ class LayerRecord:
         routing = data["routing"]
         modules = [ModuleRecord(**m) for m in data["modules"]]
         return cls(data["layer"], modules, None if routing is None else RoutingRecord(**routing))
+
+
+def require_finite(record: LayerRecord) -> None:
+    """Weights so large that their squares overflow have no loss that could be told.
+
+    Raises:
+        NumericsError: names the first module.
+    """
+    for module in record.modules:
+        if not math.isfinite(module.loss) or not math.isfinite(module.relative_loss):
+            raise NumericsError(
+                f"the loss is {module.loss}", where=module.name, remedy="look at these weights: they are too large"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -14,12 +13,12 @@ import torch
 
 from alphaquant.calibration import TokenBatch, calibration_tokens, is_tokenised, load_tokenizer
 from alphaquant.checkpoint import Checkpoint
-from alphaquant.errors import CheckpointError, NumericsError
+from alphaquant.errors import CheckpointError
 from alphaquant.models import detect, logical, read_layer, read_outer
 from alphaquant.pipeline.closing import changed_sessions, describe, peak_memory_bytes, plain, session
 from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
 from alphaquant.pipeline.layer import LayerQuantizer, QuantizedLayer
-from alphaquant.pipeline.records import KindSummary, LayerRecord, summarize
+from alphaquant.pipeline.records import KindSummary, LayerRecord, require_finite, summarize
 from alphaquant.pipeline.rundir import RunDir, check_output
 from alphaquant.pipeline.stream import Clock, Progress, embed, silent
 from alphaquant.plan import ModuleKind
@@ -240,7 +239,7 @@ def _quantize(job: _Job, run: RunDir, quantizer: LayerQuantizer, begin: float) -
         return records
 
     def commit(names: list[str], result: QuantizedLayer, streams: Mapping[str, Tensor]) -> None:
-        _require_finite(result.record)
+        require_finite(result.record)
         with clock("pack"):
             tensors = shard_tensors(names, result.quantized, job.layout, source.read)
         with clock("write"):
@@ -291,19 +290,6 @@ def _tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:
         return tokens
     warning = f"windows have {seqlen} tokens, the most that the model takes, where {calibration.seqlen} were asked for"
     return replace(tokens, warnings=(*tokens.warnings, warning))
-
-
-def _require_finite(record: LayerRecord) -> None:
-    """Weights so large that their squares overflow have no loss that could be told.
-
-    Raises:
-        NumericsError: names the first module.
-    """
-    for module in record.modules:
-        if not math.isfinite(module.loss) or not math.isfinite(module.relative_loss):
-            raise NumericsError(
-                f"the loss is {module.loss}", where=module.name, remedy="look at these weights: they are too large"
-            )
 
 
 def _describe(calibration: Calibration, tokens: TokenBatch) -> dict[str, Any]:

@@ -184,14 +184,14 @@ class RunDir:
     def finish(
         self,
         config: Mapping[str, Any],
-        source: Path,
+        source: Path | None,
         spec: ModelSpec,
         layout: Layout,
         schemes: Mapping[str, Scheme | None],
     ) -> None:
         """Write what tells readers of the shards: index, manifest, module table and config.json.
 
-        Tokenizer and generation settings of `source` are taken along.
+        Tokenizer and generation settings of `source` are taken along, where there is one.
         """
         modules = {module.name: module for module in spec.modules()}
         config = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -206,7 +206,7 @@ class RunDir:
         index = "model.safetensors.index.json"
         self._list(index, write_index(self.path / index, weight_map, self.num_bytes))
         for name in _SIDE_FILES:
-            if (source / name).is_file():
+            if source is not None and (source / name).is_file():
                 self._list(name, write_bytes(self.path / name, (source / name).read_bytes()))
         self._list("config.json", write_json(self.path / "config.json", config, allow_nan=True))
         self.manifest.write(self.path)

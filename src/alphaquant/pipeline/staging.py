@@ -29,15 +29,17 @@ _LOCK = f"{FOLDER}/lock"
 _PATIENCE = 0.05  # seconds; `holder` takes the lock for an instant
 
 
-def check_output(path: Path, source: Path, *, overwrite: bool) -> None:
+def check_output(path: Path, source: Path | None, *, overwrite: bool) -> None:
     """Refuse an output path that cannot or should not be written, before any work is done.
+
+    `source` is the model's own directory, where it has one.
 
     Raises:
         OutputError: it holds something else, is the source itself, or cannot be written.
     """
     try:
-        target, model = path.resolve(), source.resolve()
-        if target == model or target in model.parents or model in target.parents:
+        target, model = path.resolve(), source and source.resolve()
+        if model is not None and (target == model or target in model.parents or model in target.parents):
             raise OutputError(f"{path} is, holds or lies in the model itself", remedy="choose another output")
         if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
             raise OutputError(
