@@ -124,7 +124,7 @@ def test_script_is_the_command(
     assert a["tensors"].keys() == b["tensors"].keys()
     assert all(torch.equal(tensor, b["tensors"][name]) for name, tensor in a["tensors"].items())
     assert script(monkeypatch, "--config", "c.json", "--save", str(tmp_path / "x.pt")) == 2
-    assert "Missing argument 'MODEL'" in capsys.readouterr().err
+    assert "MODEL is missing" in capsys.readouterr().err
     assert script(monkeypatch, "--model", str(MODEL), "--scheme", "int5", "--save", str(tmp_path / "x.pt")) == 2
     assert "unknown format 'int5'" in " ".join(capsys.readouterr().err.split())
 
