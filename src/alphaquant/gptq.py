@@ -6,7 +6,8 @@ The model's tensors are read through its family's descriptor and run by our own 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from alphaquant.pipeline import (
     torch_device,
 )
 from alphaquant.plan import Plan
-from alphaquant.solver import Effort, Method, Recipe
+from alphaquant.solver import Method, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -47,51 +48,41 @@ _PLAN_KEYS = {"default", "overrides", "comment", "$schema"}
 
 
 @dataclass(frozen=True, slots=True)
-class GPTQConfig:
-    """Settings of the method; formats and groups are the plan's.
+class GPTQConfig(Recipe):
+    """Settings of the method, those of `Recipe`, each checked; formats and groups are the plan's.
 
-    Attributes:
-        effort: `fast` (absmax scales and the walk), `default` (scale search, one refinement) or `best`.
-        act_order: walk columns by falling Hessian diagonal, groups staying where they are.
-        block_size: columns that are walked before their errors reach the rest; speed only.
-        damping: least damping, relative to the mean diagonal of the Hessian.
-        damping_evidence: damping is at least this times inputs / effective samples.
-        routing_power: a routed token weighs its router score to this power; 0 counts all alike.
-        rtn_below: experts with fewer effective samples than this share of their inputs are rounded to nearest.
+    Enumerations may be given by their values: `GPTQConfig(effort="best")`.
 
     Raises:
         ConfigError: names the value that is not possible.
     """
 
-    effort: Effort | str = Effort.DEFAULT
-    act_order: bool = True
-    block_size: int = 128
-    damping: float = 0.01
-    damping_evidence: float = 0.1
-    routing_power: float = 1.0
-    rtn_below: float = 0.25
-
     def __post_init__(self) -> None:
-        """Check every value."""
-        efforts = [effort.value for effort in Effort]
-        if not isinstance(self.effort, Effort) and self.effort not in efforts:
-            raise _impossible("effort", self.effort, f"one of {', '.join(efforts)}")
-        if not isinstance(self.act_order, bool):
-            raise _impossible("act_order", self.act_order, "True or False")
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise _impossible("block_size", self.block_size, "a positive integer")
-        for name in ("damping", "damping_evidence", "routing_power", "rtn_below"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise _impossible(name, value, "a number from 0 on")
-
-    def recipe(self, method: Method = Method.GPTQ) -> Recipe:
-        """The solver's settings."""
-        return Recipe(method=method, **asdict(self) | {"effort": Effort(self.effort)})
+        """Check every value by the kind of its default."""
+        for setting in fields(self):
+            value, default = getattr(self, setting.name), setting.default
+            if isinstance(default, Enum):
+                object.__setattr__(self, setting.name, _member(type(default), value, setting.name))
+            elif isinstance(default, bool):
+                _require(isinstance(value, bool), setting.name, value, "True or False")
+            elif isinstance(default, int):
+                least = 1 if setting.name == "block_size" else 0
+                is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
+                _require(is_count, setting.name, value, f"an integer from {least} on")
+            else:
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                _require(is_number and 0 <= value < math.inf, setting.name, value, "a number from 0 on")
 
 
-def _impossible(name: str, value: object, expected: str) -> ConfigError:
-    return ConfigError(f"{name} is {value!r}", where="GPTQConfig", remedy=f"give {expected}")
+def _member(kind: type[Enum], value: object, name: str) -> Enum:
+    values = [member.value for member in kind]
+    _require(isinstance(value, kind) or value in values, name, value, f"one of {', '.join(values)}")
+    return kind(value)
+
+
+def _require(possible: bool, name: str, value: object, expected: str) -> None:  # noqa: FBT001  (what is asserted)
+    if not possible:
+        raise ConfigError(f"{name} is {value!r}", where="GPTQConfig", remedy=f"give {expected}")
 
 
 def detect_moe_architecture(model: Any) -> str:
@@ -138,8 +129,7 @@ def gptq_quantize_model(
     Raises:
         AlphaQuantError: what is wrong with model, data, plan or device. The model is then as it was.
     """
-    recipe = _config(gptq_config).recipe()
-    return _quantize(model, dataloader, layer_config, recipe, device, dtype, progress)
+    return _quantize(model, dataloader, layer_config, _config(gptq_config), device, dtype, progress)
 
 
 def rtn_quantize_model(
@@ -156,7 +146,7 @@ def rtn_quantize_model(
 
     Arguments, result and errors as of `gptq_quantize_model`.
     """
-    recipe = _config(gptq_config).recipe(Method.RTN)
+    recipe = replace(_config(gptq_config), method=Method.RTN)
     return _quantize(model, dataloader, layer_config, recipe, device, dtype, progress)
 
 
