@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from alphaquant.engines import Violation
     from alphaquant.errors import AlphaQuantError
     from alphaquant.evaluation import Quality
-    from alphaquant.pipeline import KindSize, Metric, RunStatus
+    from alphaquant.pipeline import KindSize, Metric, RoutingReport, RunStatus
     from alphaquant.pipeline import Progress as Report
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "print_notes",
     "print_quality",
     "print_result",
+    "print_routing",
     "print_sizes",
     "print_status",
     "print_tasks",
@@ -149,6 +150,40 @@ def print_status(status: RunStatus) -> None:
     if status.command:
         verb = "go on with" if status.state == "stopped" else "command"
         out.print(f"{verb}: {status.command}", soft_wrap=True)
+
+
+def print_routing(report: RoutingReport) -> None:
+    """A row for each MoE layer, then every starved and dead expert by name."""
+    rows = []
+    for layer in report.layers:
+        record = layer.record
+        rows.append(
+            (
+                str(layer.layer),
+                f"top-{layer.top_k} of {len(record.tokens)}",
+                f"{record.entropy:.3f}",
+                f"{min(record.load):.2f}",
+                f"{max(record.load):.2f}",
+                f"{100 * layer.covered:.0f}%",
+                str(len(record.starved)),
+                str(len(record.dead)),
+                *([] if layer.gate is None else [f"{layer.gate:.3f}"]),
+            )
+        )
+    columns = ("layer", "experts", "entropy", "least", "most", "covered", "starved", "dead", "gate")
+    _print_table(columns[: len(rows[0])], rows)
+    facts = report.calibration
+    out.print(
+        f"on {facts['num_samples'] * facts['seqlen']:,} tokens of {facts['source']}; entropy of the load: 1 if even; "
+        "least, most: load relative to the fair share; covered: experts with as many effective samples as inputs",
+        soft_wrap=True,
+    )
+    for what, style in (("starved", "yellow"), ("dead", "red")):
+        for layer in report.layers:
+            experts = layer.record.starved if what == "starved" else layer.record.dead
+            if experts:
+                names = ", ".join(map(str, experts))
+                out.print(Text.assemble((f"{what}  ", style), f"layer {layer.layer}: {names}"), soft_wrap=True)
 
 
 def print_quality(name: str, quality: Quality) -> None:

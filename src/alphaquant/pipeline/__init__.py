@@ -7,6 +7,7 @@ from alphaquant.pipeline.manifest import Problem, check_shards
 from alphaquant.pipeline.memory import HeldModel, QuantizedModule, export_held, hold, quantize_held
 from alphaquant.pipeline.quality import QUALITY, keep_quality, plan_of, quality_facts, rounded_quality
 from alphaquant.pipeline.records import KindSummary, LayerRecord, ModuleRecord, RoutingRecord
+from alphaquant.pipeline.routing import LayerRouting, RoutingReport, measure_routing
 from alphaquant.pipeline.run import (
     Calibration,
     Prepared,
@@ -33,6 +34,7 @@ __all__ = [
     "KindSize",
     "KindSummary",
     "LayerRecord",
+    "LayerRouting",
     "Metric",
     "ModuleRecord",
     "Prepared",
@@ -41,6 +43,7 @@ __all__ = [
     "QuantizeResult",
     "QuantizedModule",
     "RoutingRecord",
+    "RoutingReport",
     "RunStatus",
     "Serving",
     "check_output",
@@ -54,6 +57,7 @@ __all__ = [
     "hold",
     "keep_quality",
     "load",
+    "measure_routing",
     "peak_memory_bytes",
     "plan_of",
     "plan_sizes",

@@ -14,7 +14,7 @@ from alphaquant.errors import NumericsError
 from alphaquant.formats import QuantizedTensor, dequantize
 from alphaquant.models import MoESpec, Source, head_input
 from alphaquant.pipeline.collect import Collector
-from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RoutingRecord
+from alphaquant.pipeline.records import LayerRecord, ModuleRecord
 from alphaquant.pipeline.stream import Clock, attend, chunks, feed, silent
 from alphaquant.solver import HessianSum, Method, quantize_stack
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from alphaquant.formats import Scheme
     from alphaquant.models import LayerWeights, ModelSpec, Parameter
+    from alphaquant.pipeline.records import RoutingRecord
     from alphaquant.pipeline.stream import Progress
     from alphaquant.solver import Evidence, Outcome, Recipe
 
@@ -96,9 +97,7 @@ class LayerQuantizer:
                 self._tell("propagate", layer, x_NLD)
                 with self.clock("propagate"):
                     half(x_NLD, weights, self.spec, layer)
-            if collector.experts is not None:
-                seen = collector.experts.evidence
-                routing = RoutingRecord(seen.tokens_E.tolist(), seen.score_mass_E.tolist(), seen.effective_E.tolist())
+            routing = collector.routing() or routing
         return QuantizedLayer(result.quantized, LayerRecord(layer, result.record.modules, routing))
 
     @torch.no_grad()

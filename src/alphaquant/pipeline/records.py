@@ -13,7 +13,18 @@ if TYPE_CHECKING:
 
     from alphaquant.plan import ModuleKind
 
-__all__ = ["KindSummary", "LayerRecord", "ModuleRecord", "RoutingRecord", "require_finite", "summarize"]
+__all__ = [
+    "STARVED_SHARE",
+    "KindSummary",
+    "LayerRecord",
+    "ModuleRecord",
+    "RoutingRecord",
+    "require_finite",
+    "summarize",
+]
+
+STARVED_SHARE = 0.25
+"""Of the fair share of a layer's rows: an expert with less is starved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +62,51 @@ class ModuleRecord:
 
 @dataclass(frozen=True, slots=True)
 class RoutingRecord:
-    """What a layer's router did on the calibration tokens: for each expert its rows and the sum of its scores."""
+    """What a layer's router did on the calibration tokens, a value for each expert.
+
+    Attributes:
+        tokens: rows, that is tokens which chose it.
+        score_mass: the sum of their scores.
+        effective_samples: `(Σc)² / Σc²` of their weights.
+        shared: the same of the shared expert's gate, whose scores are those that it is multiplied with; None where
+            there is no such gate.
+    """
 
     tokens: list[int]
     score_mass: list[float]
     effective_samples: list[float]
+    shared: RoutingRecord | None = None
+
+    @property
+    def load(self) -> list[float]:
+        """Rows of each expert relative to the fair share; zero where there are none at all."""
+        total = sum(self.tokens)
+        return [count * len(self.tokens) / total if total else 0.0 for count in self.tokens]
+
+    @property
+    def entropy(self) -> float:
+        """Shannon entropy of the rows over the experts, relative to that of an even load: 1 where all see as many."""
+        total, entropy = sum(self.tokens), 0.0
+        for count in self.tokens:
+            if count:
+                entropy -= count / total * math.log(count / total)
+        return entropy / math.log(len(self.tokens)) if len(self.tokens) > 1 else 1.0
+
+    @property
+    def dead(self) -> list[int]:
+        """Experts that no token chose."""
+        return [expert for expert, count in enumerate(self.tokens) if count == 0]
+
+    @property
+    def starved(self) -> list[int]:
+        """Experts that some tokens chose, but fewer than `STARVED_SHARE` of the fair share."""
+        return [expert for expert, share in enumerate(self.load) if 0 < share < STARVED_SHARE]
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RoutingRecord:
+        """The inverse of `dataclasses.asdict`; records of older versions know no shared gate."""
+        shared = data.get("shared")
+        return cls(**data | {"shared": None if shared is None else cls.from_dict(shared)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +126,7 @@ class LayerRecord:
         """The inverse of `to_dict`."""
         routing = data["routing"]
         modules = [ModuleRecord(**m) for m in data["modules"]]
-        return cls(data["layer"], modules, None if routing is None else RoutingRecord(**routing))
+        return cls(data["layer"], modules, None if routing is None else RoutingRecord.from_dict(routing))
 
 
 def require_finite(record: LayerRecord) -> None:

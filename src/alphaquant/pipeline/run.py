@@ -39,7 +39,9 @@ __all__ = [
     "Calibration",
     "Prepared",
     "QuantizeResult",
+    "calibration_facts",
     "compute_dtype",
+    "draw_tokens",
     "peak_memory_bytes",
     "planned_layout",
     "prepare",
@@ -198,7 +200,7 @@ def quantize_checkpoint(
     clock, begin = Clock(), time.perf_counter()
     with RunDir.create(out, spec.num_layers + 1, resumes=True, fresh=fresh) as run:
         with clock("tokenize"):
-            tokens = None if calibration is None else _tokens(prepared, calibration)
+            tokens = None if calibration is None else draw_tokens(prepared, calibration)
         job = _Job(prepared, recipe, chosen, tokens, device, compute_dtype(dtype, spec, device))
         run.start(job.identity(), session(device, command))
         for phase, seconds in run.manifest.seconds.items():
@@ -210,7 +212,7 @@ def quantize_checkpoint(
             **describe(prepared, job.layout, run, records),
             "command": command,
             "recipe": plain(recipe),
-            "calibration": None if calibration is None or tokens is None else _describe(calibration, tokens),
+            "calibration": None if calibration is None or tokens is None else calibration_facts(calibration, tokens),
             "device": str(device),
             "dtype": str(job.dtype).removeprefix("torch."),
             "warnings": [
@@ -274,7 +276,12 @@ def _record_name(spec: ModelSpec, shard: int) -> str:
     return f"records/layer-{shard:05d}.json" if shard < spec.num_layers else "records/outer.json"
 
 
-def _tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:
+def draw_tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:
+    """The windows to calibrate on, cut to what the model takes.
+
+    Raises:
+        CalibrationError: the text cannot be had, or is shorter than one window.
+    """
     source = calibration.source
     tokenizer = None if is_tokenised(source) else load_tokenizer(prepared.checkpoint.path)
     seqlen = min(calibration.seqlen, prepared.spec.max_positions)
@@ -292,7 +299,8 @@ def _tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:
     return replace(tokens, warnings=(*tokens.warnings, warning))
 
 
-def _describe(calibration: Calibration, tokens: TokenBatch) -> dict[str, Any]:
+def calibration_facts(calibration: Calibration, tokens: TokenBatch) -> dict[str, Any]:
+    """What was calibrated on, as JSON."""
     num_samples, seqlen = tokens.ids.shape
     return {
         "source": tokens.source,

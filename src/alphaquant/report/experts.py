@@ -6,6 +6,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from alphaquant.pipeline.records import STARVED_SHARE
 from alphaquant.plan import ModuleKind
 from alphaquant.report.axis import Axis, log_axis
 from alphaquant.report.maps import mean
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Experts", "Scatter", "expert_scatter", "experts"]
 
-_STARVED = 0.25  # of the fair share
 _SHARES = (0.25, 0.5, 0.75, 4 / 3, 2.0, 3.0)
 _LABELS = ("under ¼", "¼ to ½", "½ to ¾", "fair", "1⅓ to 2", "2 to 3", "over 3")
 _MAP_WIDTH = 1020  # of a map where its cells need not be at their narrowest, in CSS pixels
@@ -91,7 +91,7 @@ def _row(record: LayerRecord) -> ExpertRow:
     for expert, seen in enumerate(routing.tokens):
         where = f"layer {record.layer}, expert {expert}: "
         share = shares[expert]
-        mark = "dead" if seen == 0 else "starved" if share < _STARVED else ""
+        mark = "dead" if seen == 0 else "starved" if share < STARVED_SHARE else ""
         effective = routing.effective_samples[expert]
         title = f"{share / len(shares):.2%} of tokens, {share:.2f} × fair, {seen:,} tokens, {effective:,.0f} effective"
         token_cells.append(ExpertCell(bisect_right(_SHARES, share), mark, where + title))
