@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from alphaquant.checkpoint.reader import Checkpoint, read_safetensors, resolve_model
+from alphaquant.checkpoint.hub import SIDE_FILES, resolve_model
+from alphaquant.checkpoint.reader import Checkpoint, read_safetensors
 from alphaquant.checkpoint.shard import TensorInfo
 from alphaquant.checkpoint.writer import (
     ShardInfo,
@@ -15,6 +16,7 @@ from alphaquant.checkpoint.writer import (
 )
 
 __all__ = [
+    "SIDE_FILES",
     "Checkpoint",
     "ShardInfo",
     "TensorInfo",

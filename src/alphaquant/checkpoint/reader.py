@@ -26,12 +26,12 @@ from alphaquant.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Checkpoint", "read_safetensors", "resolve_model"]
+__all__ = ["INDEX", "Checkpoint", "read_safetensors", "read_weight_map"]
+
+INDEX = "model.safetensors.index.json"
 
 _MAX_CONFIG_BYTES = 10_000_000
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # pages of each shard that tell two models apart
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 
 
 class Checkpoint:
@@ -174,45 +174,6 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     return {name: read_slot(slot) for name, slot in load_shard(Path(path)).slots.items()}
 
 
-def resolve_model(path_or_id: str | Path) -> Path:
-    """The local directory of a model: an existing directory as it is, a hub id (``org/name``) downloaded first.
-
-    Raises:
-        CheckpointError: there is no such directory, and it is no hub id or the download fails.
-    """
-    path = Path(path_or_id).expanduser()
-    try:
-        is_directory, exists = path.is_dir(), path.exists()
-    except OSError as error:  # no right to look, or a name too long
-        raise unreadable(path, error) from error
-    if is_directory:
-        return path
-    if exists:
-        raise CheckpointError(
-            "the model is a file, not a directory",
-            where=str(path),
-            remedy="give the directory that holds config.json and the *.safetensors",
-        )
-    if not _HUB_ID.fullmatch(str(path_or_id)):
-        raise CheckpointError(
-            f"no model directory {str(path_or_id)!r}",
-            where=str(path),
-            remedy="give an existing directory, or a hub id such as org/name",
-        )
-    try:
-        from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow to import; not needed for a local model)
-
-        # Subfolders hold other formats of the same weights, and so do Mistral's consolidated files.
-        ignored = ["*/*", "consolidated*.safetensors"]
-        return Path(snapshot_download(str(path_or_id), allow_patterns=_HUB_FILES, ignore_patterns=ignored))
-    except Exception as error:  # offline, gated, missing, disk full: the remedy is the same
-        raise CheckpointError(
-            f"no local directory {str(path_or_id)!r}, and it cannot be downloaded from the hub: {error}",
-            where=str(path_or_id),
-            remedy="give the path of a local model directory, or check the id, the network and `hf auth login`",
-        ) from error
-
-
 def _sample(path: Path) -> bytes:
     try:
         with path.open("rb", buffering=0) as file:
@@ -224,7 +185,7 @@ def _sample(path: Path) -> bytes:
 
 
 def _load_weights(directory: Path) -> tuple[list[Shard], dict[str, Slot]]:
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
         return _load_indexed(index)
     single = directory / "model.safetensors"
@@ -245,7 +206,12 @@ def _load_weights(directory: Path) -> tuple[list[Shard], dict[str, Slot]]:
     return shards, slots
 
 
-def _load_indexed(index: Path) -> tuple[list[Shard], dict[str, Slot]]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """For every tensor the plain name of its shard.
+
+    Raises:
+        CheckpointError: the index is missing or malformed.
+    """
     weight_map = _read_json_object(index, MAX_HEADER_BYTES)[0].get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -259,6 +225,11 @@ def _load_indexed(index: Path) -> tuple[list[Shard], dict[str, Slot]]:
                 where=str(index),
                 remedy="shards lie beside the index and are named without a path: correct the index",
             )
+    return weight_map
+
+
+def _load_indexed(index: Path) -> tuple[list[Shard], dict[str, Slot]]:
+    weight_map = read_weight_map(index)
     shards: dict[str, Shard] = {}
     for file in sorted(set(weight_map.values())):
         if not (index.parent / file).is_file():

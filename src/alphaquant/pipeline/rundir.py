@@ -12,7 +12,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from alphaquant.checkpoint import ShardInfo, read_safetensors, write_bytes, write_index, write_json, write_shard
+from alphaquant.checkpoint import (
+    SIDE_FILES,
+    ShardInfo,
+    read_safetensors,
+    write_bytes,
+    write_index,
+    write_json,
+    write_shard,
+)
 from alphaquant.errors import AlphaQuantError, CheckpointError, OutputError
 from alphaquant.layouts import module_table
 from alphaquant.pipeline.manifest import MANIFEST, Manifest, check_files, file_sha256
@@ -31,18 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["FOLDER", "RunDir", "check_output", "check_writable"]
 
 _STREAM = f"{FOLDER}/stream"
-_SIDE_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 
 class RunDir:
@@ -205,7 +201,7 @@ class RunDir:
         weight_map = {name: shard.name for shard in self.shards for name in shard.tensor_names}
         index = "model.safetensors.index.json"
         self._list(index, write_index(self.path / index, weight_map, self.num_bytes))
-        for name in _SIDE_FILES:
+        for name in SIDE_FILES:
             if source is not None and (source / name).is_file():
                 self._list(name, write_bytes(self.path / name, (source / name).read_bytes()))
         self._list("config.json", write_json(self.path / "config.json", config, allow_nan=True))
