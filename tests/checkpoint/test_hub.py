@@ -20,6 +20,7 @@ from pipeline import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NEEDED = {"config.json", "tokenizer.json", "model.safetensors.index.json", "part-0.safetensors", "part-1.safetensors"}
+STATE = "which commit is the newest"
 NOT_NEEDED = ("README.md", "pytorch_model.bin", "model.gguf", "consolidated.safetensors", "adapter_model.safetensors",
               "trainer_state.json", "old.safetensors", "onnx/model.safetensors", "modeling.py")  # fmt: skip
 
@@ -74,6 +75,7 @@ def hub(repository, tmp_path, monkeypatch):
                     for path in repository.rglob("*")
                     if path.is_file()
                 ]
+                fetched.append(STATE)
                 self.give_json({"id": "org/name", "sha": COMMIT, "siblings": siblings})
             else:
                 self.do_HEAD(body=True)
@@ -130,11 +132,13 @@ def hub(repository, tmp_path, monkeypatch):
 
 def test_only_what_is_needed_is_fetched_and_only_once(hub, repository, monkeypatch):
     directory = resolve_model("org/name")
-    assert sorted(hub) == sorted(NEEDED)
+    assert sorted(hub) == sorted([STATE, *NEEDED]), "one state of the repository, though it is asked twice"
     assert {path.name for path in directory.iterdir()} == NEEDED
     assert Checkpoint.open(directory).names() == Checkpoint.open(repository_without_others(repository)).names()
     hub.clear()
     assert resolve_model("org/name") == directory
+    assert hub == [STATE]
+    hub.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve_model("org/name") == directory
     assert hub == []
@@ -152,7 +156,7 @@ def test_a_model_without_an_index(hub, repository):
     (repository / "part-1.safetensors").rename(repository / "model.safetensors")
     (repository / "old.safetensors").unlink()
     resolve_model("org/name")
-    assert sorted(hub) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(hub) == ["config.json", "model.safetensors", "tokenizer.json", STATE]
 
 
 def test_a_broken_index_is_named(hub, repository):
