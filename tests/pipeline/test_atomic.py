@@ -10,7 +10,7 @@ import torch
 from alphaquant.errors import CheckpointError, OutputError
 from alphaquant.pipeline import check_output, export_checkpoint, load, run_status, rundir, save_single_file
 from alphaquant.pipeline import layer as layer_module
-from alphaquant.pipeline import run as run_module
+from alphaquant.pipeline import walk as walk_module
 
 from . import tiny
 
@@ -62,13 +62,13 @@ def test_a_run_that_fails_later_keeps_its_layers(llama, tmp_path, monkeypatch, e
 
 
 def test_a_failing_run_leaves_what_others_put_beside_it(llama, tmp_path, monkeypatch):
-    original = run_module.read_layer
+    original = walk_module.read_layer
 
     def read_layer(*args):
         (tmp_path / "deep/note").write_text("mine")
         return original(*args)
 
-    monkeypatch.setattr(run_module, "read_layer", read_layer)
+    monkeypatch.setattr(walk_module, "read_layer", read_layer)
     fail_in_layer(monkeypatch, 0, RuntimeError)
     with pytest.raises(RuntimeError):
         tiny.quantize(llama, tmp_path / "deep/er/out", INT4, None)
@@ -187,7 +187,7 @@ def test_an_output_in_a_loop_of_links(llama, tmp_path):
 
 
 def test_it_is_refused_before_any_work(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "read_outer", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(walk_module, "read_outer", lambda *_: pytest.fail("work was done"))
     (tmp_path / "out").write_text("mine")
     with pytest.raises(OutputError):
         tiny.quantize(llama, tmp_path / "out", INT4, tmp_path / "no-such-text")

@@ -13,12 +13,13 @@ from alphaquant.checkpoint import TensorInfo
 from alphaquant.errors import CheckpointError, ConfigError, OutputError
 from alphaquant.formats import QuantizedTensor, dequantize
 from alphaquant.layouts import LAYOUTS
-from alphaquant.models import Decoder, detect, logical, read_layer, read_outer
+from alphaquant.models import Decoder, detect, logical
 from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
 from alphaquant.pipeline.layer import LayerQuantizer
-from alphaquant.pipeline.records import LayerRecord, ModuleRecord, require_finite
+from alphaquant.pipeline.records import LayerRecord, ModuleRecord
 from alphaquant.pipeline.rundir import RunDir, check_output
-from alphaquant.pipeline.stream import Progress, embed, silent
+from alphaquant.pipeline.stream import Progress, silent
+from alphaquant.pipeline.walk import quantize_shards
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -175,21 +176,14 @@ def quantize_held(
     Raises:
         NumericsError: weights, activations or a Hessian hold NaN or infinity.
     """
-    spec, source = held.spec, held.source
-    quantizer = LayerQuantizer(spec, schemes, recipe, progress=progress)
-    outer = read_outer(source, spec, dtype, device)
-    results = [quantizer.embedding(outer)]
-    x_NLD = None if ids_NL is None else embed(ids_NL, outer["model.embed_tokens.weight"])
-    for layer in range(spec.num_layers):
-        results.append(quantizer.layer(layer, read_layer(source, spec, layer, dtype, device), x_NLD))
-        require_finite(results[-1].record)
-    results.append(quantizer.head(outer, x_NLD))
-    for result in (results[0], results[-1]):
-        require_finite(result.record)
-    records = {record.name: record for result in results for record in result.record.modules}
-    codes = {name: q for result in results for name, q in result.quantized.items()}
+    quantizer = LayerQuantizer(held.spec, schemes, recipe, progress=progress)
+    records: dict[str, ModuleRecord] = {}
+    codes: dict[str, QuantizedTensor] = {}
+    for result, _ in quantize_shards(quantizer, held.source, ids_NL, device=device, dtype=dtype):
+        records |= {record.name: record for record in result.record.modules}
+        codes |= result.quantized
     for name, quantized in codes.items():
-        source.read(f"{name}.weight").copy_(dequantize(quantized))
+        held.source.read(f"{name}.weight").copy_(dequantize(quantized))
     return {
         name: QuantizedModule(q.codes, q.scale, q.zero, q.global_scale, q.scheme, records[name])
         for name in schemes

@@ -14,13 +14,14 @@ import torch
 from alphaquant.calibration import TokenBatch, calibration_tokens, is_tokenised, load_tokenizer
 from alphaquant.checkpoint import Checkpoint
 from alphaquant.errors import CheckpointError
-from alphaquant.models import detect, logical, read_layer, read_outer
+from alphaquant.models import detect, logical
 from alphaquant.pipeline.closing import changed_sessions, describe, peak_memory_bytes, plain, session
 from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
 from alphaquant.pipeline.layer import LayerQuantizer, QuantizedLayer
-from alphaquant.pipeline.records import KindSummary, LayerRecord, require_finite, summarize
+from alphaquant.pipeline.records import KindSummary, LayerRecord, summarize
 from alphaquant.pipeline.rundir import RunDir, check_output
-from alphaquant.pipeline.stream import Clock, Progress, embed, silent
+from alphaquant.pipeline.stream import Clock, Progress, silent
+from alphaquant.pipeline.walk import quantize_shards
 from alphaquant.plan import ModuleKind
 
 if TYPE_CHECKING:
@@ -234,41 +235,36 @@ def _quantize(job: _Job, run: RunDir, quantizer: LayerQuantizer, begin: float) -
 
     `begin` is when the run would have begun had it not been stopped in between.
     """
-    spec, source, clock = job.prepared.spec, job.prepared.source, quantizer.clock
-    *layer_names, outer_names = shard_names(spec)
+    spec, clock = job.prepared.spec, quantizer.clock
+    names = shard_names(spec)
     records = [LayerRecord.from_dict(run.read_note(_record_name(spec, index))) for index in range(len(run.shards))]
-    if len(records) == spec.num_layers + 1:
+    if len(records) == len(names):
         return records
 
-    def commit(names: list[str], result: QuantizedLayer, streams: Mapping[str, Tensor]) -> None:
-        require_finite(result.record)
+    def commit(result: QuantizedLayer, streams: Mapping[str, Tensor]) -> None:
+        index = len(run.shards)
         with clock("pack"):
-            tensors = shard_tensors(names, result.quantized, job.layout, source.read)
+            tensors = shard_tensors(names[index], result.quantized, job.layout, job.prepared.source.read)
         with clock("write"):
-            run.write_note(_record_name(spec, len(run.shards)), result.record.to_dict())
+            run.write_note(_record_name(spec, index), result.record.to_dict())
             run.add_shard(tensors)
             seconds = clock.seconds | {"total": time.perf_counter() - begin}
             run.commit(streams, seconds, peak_memory_bytes=peak_memory_bytes())
         records.append(result.record)
 
-    with clock("read"):
-        outer = read_outer(source, spec, job.dtype, job.device)
-    embedding = quantizer.embedding(outer)
-    # all that a layer takes from the one before it: a run that was stopped finds it in the last commit
-    streams = {name: stream.to(job.device) for name, stream in run.read_streams().items()}
-    if job.tokens is not None and not run.shards:
-        streams = {"quantized": embed(job.tokens.ids, outer["model.embed_tokens.weight"])}
-    for layer in range(len(run.shards), spec.num_layers):
-        quantizer.progress("read", layer, spec.num_layers)
-        with clock("read"):
-            weights = read_layer(source, spec, layer, job.dtype, job.device)
-        result = quantizer.layer(layer, weights, streams.get("quantized"))
-        del weights
-        commit(layer_names[layer], result, streams)
+    ids_NL = None if job.tokens is None else job.tokens.ids
+    walk = quantize_shards(
+        quantizer,
+        job.prepared.source,
+        ids_NL,
+        device=job.device,
+        dtype=job.dtype,
+        done=len(run.shards),
+        streams=run.read_streams(),
+    )
+    for result, streams in walk:
+        commit(result, streams)
         del result  # its codes would lie beside the next layer's
-    head = quantizer.head(outer, streams.get("quantized"))
-    modules = embedding.record.modules + head.record.modules
-    commit(outer_names, QuantizedLayer(embedding.quantized | head.quantized, LayerRecord(None, modules)), {})
     return records
 
 
