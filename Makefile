@@ -3,6 +3,7 @@
 # make test-tasks  the tests that need lm-eval, in an environment of its own
 # make soak   kills, and whatever else takes minutes: the long tests
 # make check  lint, format, types
+# make docs   the documents as a site, in build/site
 # make bench  the benchmarks that need nothing but this repository
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # a process for each core, one thread in each: the models of the tests are too small for more
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 
-.PHONY: demo test test-tasks soak check bench clean
+.PHONY: demo test test-tasks soak check docs bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/alphaquant demo -o demo-output --overwrite
@@ -30,6 +31,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)-docs/.installed
+	$(VENV)-docs/bin/mkdocs --quiet build --strict
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/memory.py --layer-mib 64
@@ -54,5 +58,10 @@ $(VENV)-tasks/.installed: $(VENV)/.installed-dev
 	$(VENV)-tasks/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt lm-eval
 	touch $@
 
+$(VENV)-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt mkdocs-material
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-tasks demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tasks $(VENV)-docs build demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
 
 from pipeline import tiny
 
 os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU; read when Triton is imported
+
+# how long an example takes says how busy the machine is, not whether the code is right
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,33 @@ MODEL = ROOT / "src" / "alphaquant" / "data" / "demo-model"
 SMALL = ["--calib", "bundled", "--nsamples", "4", "--seqlen", "64"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README, CHINESE, QUICKSTART = "README.md", "README.zh-CN.md", "docs/quickstart.md"
+# Lines that no test runs: another tool's, or what the tests themselves stand on.
+NOT_RUN = {"pip install .", "vllm serve OUT"}
 
 
-def commands() -> list[list[str]]:
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("alphaquant")]
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def lines(page: str) -> list[str]:
+    """The lines of a page's shell blocks, without their comments."""
+    found = (line.split("#")[0].strip() for block in blocks("bash", page) for line in block.splitlines())
+    return [line for line in found if line]
+
+
+def commands(page: str = README) -> list[list[str]]:
+    return [shlex.split(line)[1:] for line in lines(page) if line.startswith("alphaquant ")]
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run a command of a document on the bundled model, in little; what it names lies in `folder`."""
+    names = {word: str(folder / word) for word in ("OUT", "OUT2", "DENSE", "COMPARED")} | {"MODEL": str(MODEL)}
+    words = [str(ROOT / word) if word.startswith("configs/") else names.get(word, word) for word in command]
+    few = {"quantize": SMALL if "--calib" not in command else SMALL[2:], "eval": ["--seqlen", "64", "--windows", "4"]}
+    bundled = ["--data", "bundled"] if command[0] == "eval" and "--data" not in command else []
+    done = CliRunner().invoke(app, [*words, *few.get(command[0], []), *bundled])
+    assert done.exit_code == 0, done.output
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +63,53 @@ def test_first_command_comes_within_thirty_lines() -> None:
     assert "make demo" in "\n".join((ROOT / "README.md").read_text().splitlines()[:30])
 
 
+@pytest.mark.parametrize("page", [README, QUICKSTART])
+def test_every_line_of_a_shell_block_is_known(page: str) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    known = NOT_RUN | {f"make {target}" for target in targets}
+    assert [line for line in lines(page) if not line.startswith("alphaquant ") and line not in known] == []
+
+
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_readme_commands_run(command: list[str], quantized: Path, tmp_path: Path) -> None:
-    verb = command[0]
-    out = tmp_path / "OUT" if verb == "quantize" else quantized
-    words = [{"MODEL": str(MODEL), "OUT": str(out)}.get(word, word) for word in command]
-    words = [str(ROOT / word) if word.startswith("configs/") else word for word in words]
-    words += {"quantize": SMALL, "eval": ["--data", "bundled", "--seqlen", "64", "--windows", "4"]}.get(verb, [])
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.output
-    if verb == "quantize":
-        assert (out / "config.json").is_file()
+    folder = tmp_path if command[0] == "quantize" else quantized.parent
+    run(command, folder)
+    assert (folder / "OUT" / "config.json").is_file()
+
+
+def test_quickstart_runs_from_top_to_bottom(tmp_path: Path) -> None:
+    for command in commands(QUICKSTART):
+        run(command, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"OUT", "OUT2", "DENSE", "COMPARED"}
+    assert (tmp_path / "OUT" / "alphaquant" / "report.html").is_file()
+    assert (tmp_path / "COMPARED" / "comparison.html").is_file()
+
+
+def shape(page: str) -> list[str]:
+    """What must be the same in every language: code without its comments, and the levels of headings."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    code = re.findall(r"```.*?```", text, re.DOTALL)
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return [*(re.sub(r"\s+# .*", "", block) for block in code), *re.findall(r"^#+", prose, re.MULTILINE)]
+
+
+def test_the_chinese_readme_says_the_same() -> None:
+    assert shape(CHINESE) == shape(README)
+    assert len(re.findall(r"[\u4e00-\u9fff]", (ROOT / CHINESE).read_text(encoding="utf-8"))) > 500
+
+
+def test_generated_pages_are_current() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "write_docs.py"))
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        assert script["rewritten"](text) == text, f"{page.name}: run python scripts/write_docs.py"
+
+
+@pytest.mark.parametrize("page", [README, *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_lead_somewhere(page: str) -> None:
+    text = re.sub(r"```.*?```|`[^`]*`", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [link for link in links if link and not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 def test_readme_plan_is_a_plan() -> None:
