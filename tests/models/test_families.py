@@ -303,7 +303,8 @@ def test_the_correction_keeps_its_32_bits(get: Callable[[str], Made], tmp_path: 
 def test_the_gate_weighs_the_shared_experts_hessian(get: Callable[[str], Made]) -> None:
     model = get("qwen2_moe").tiny
     weights, spec, power = model.ours().layers[1], model.spec, 1.0
-    collector = Collector(spec.parameters(1), {Source.SHARED_IN, Source.SHARED_HIDDEN, Source.MLP_IN}, power)
+    wanted = dict.fromkeys((Source.SHARED_IN, Source.SHARED_HIDDEN, Source.MLP_IN), range(1))
+    collector = Collector(spec.parameters(1), wanted, power)
     x = torch.randn(3, 11, 64, generator=torch.Generator().manual_seed(0))
     mlp_half(x, weights, spec, 1, tap=collector)
     x = x.flatten(0, 1).double()
@@ -327,14 +328,15 @@ def test_the_gate_weighs_the_shared_experts_hessian(get: Callable[[str], Made]) 
 
 def test_shared_experts_without_a_gate_weigh_every_token_alike(get: Callable[[str], Made]) -> None:
     model = get("deepseek").tiny
-    collector = Collector(model.spec.parameters(1), {Source.SHARED_IN}, 1.0)
+    collector = Collector(model.spec.parameters(1), {Source.SHARED_IN: range(1)}, 1.0)
     mlp_half(torch.randn(2, 9, 64), model.ours().layers[1], model.spec, 1, tap=collector)
     assert collector.hessians[Source.SHARED_IN].evidence.effective_E.tolist() == [18.0]
 
 
 def test_scaled_scores_are_what_the_hessians_weigh(get: Callable[[str], Made]) -> None:
     model = get("deepseek-normalised-scaled").tiny
-    collector = Collector(model.spec.parameters(1), {Source.EXPERT_IN}, 1.0)
+    experts = range(model.spec.layers[1].mlp.num_experts)
+    collector = Collector(model.spec.parameters(1), {Source.EXPERT_IN: experts}, 1.0)
     mlp_half(torch.randn(2, 9, 64), model.ours().layers[1], model.spec, 1, tap=collector)
     assert float(collector.hessians[Source.EXPERT_IN].evidence.score_mass_E.sum()) == pytest.approx(2.5 * 18)
 

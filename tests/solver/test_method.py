@@ -19,7 +19,6 @@ from alphaquant.solver import (
     damp,
     factorize,
     hessian_loss,
-    method,
     quantize_stack,
     refine,
     round_to_nearest,
@@ -105,19 +104,15 @@ def assert_same(a: Outcome, b: Outcome) -> None:
 
 @each_effort
 @some_schemes
-def test_parts_of_experts_and_rows_change_nothing(
-    scheme: Scheme, effort: Effort, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_of_experts_and_rows_change_nothing(scheme: Scheme, effort: Effort) -> None:
     w, h, effective = starved()
     w[:, 3] *= 7  # the rows of a matrix share one NVFP4 scale: it must come from all of them
     recipe = Recipe(effort=effort)
     whole = quantize_stack(w, h, effective, scheme, recipe)
-    for workspace in (5 * COLUMNS, 2 * COLUMNS * COLUMNS):
-        monkeypatch.setattr(method, "_WORKSPACE_WEIGHTS", workspace)
-        assert_same(quantize_stack(w, h, effective, scheme, recipe), whole)
     rounded = quantize_stack(w, None, None, scheme, recipe)
-    monkeypatch.undo()
-    assert_same(quantize_stack(w, None, None, scheme, recipe), rounded)
+    for workspace in (5 * COLUMNS, 2 * COLUMNS * COLUMNS):
+        assert_same(quantize_stack(w, h, effective, scheme, recipe, workspace), whole)
+        assert_same(quantize_stack(w, None, None, scheme, recipe, workspace), rounded)
 
 
 @some_schemes

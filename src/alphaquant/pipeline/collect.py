@@ -1,7 +1,11 @@
-"""Collecting: the Hessians of a half-layer's linears, and what the router did, from one forward pass."""
+"""Collecting: the Hessians of a half-layer's linears, and what the router did, from one forward pass.
+
+Where memory does not hold all Hessians at once they are collected in several passes, each of a few experts.
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from alphaquant.models import Source
@@ -9,13 +13,58 @@ from alphaquant.pipeline.records import RoutingRecord
 from alphaquant.solver import Backend, EvidenceSum, HessianSum
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
     from alphaquant.models import Parameter, Routing
 
-__all__ = ["Collector"]
+__all__ = ["Collector", "collection_passes", "widths"]
+
+# what a source's linears make is read by the linears of the sources before it here
+_DEEPEST_FIRST = (
+    Source.ATTENTION_OUT,
+    Source.ATTENTION_IN,
+    Source.EXPERT_HIDDEN,
+    Source.SHARED_HIDDEN,
+    Source.MLP_HIDDEN,
+    Source.EXPERT_IN,
+    Source.SHARED_IN,
+    Source.MLP_IN,
+)
+
+
+def widths(parameters: Iterable[Parameter]) -> dict[Source, tuple[int, int]]:
+    """How many experts read each source, and how many inputs it has."""
+    return {p.source: (p.num_experts or 1, p.shape[-1]) for p in parameters if p.source is not None}
+
+
+def collection_passes(
+    wanted: Mapping[Source, tuple[int, int]], hessian_bytes: int = sys.maxsize
+) -> list[dict[Source, range]]:
+    """Which experts' Hessians each forward pass collects: all in one pass where they fit.
+
+    The deepest sources come first. What is solved after a pass so never changes the inputs that a later one sees, and
+    any number of passes gives the same Hessians as one.
+
+    Args:
+        wanted: experts and inputs of each source.
+        hessian_bytes: what the sums of a pass may take; one expert's are always allowed.
+    """
+    passes: list[dict[Source, range]] = [{}]
+    left = hessian_bytes
+    for source in sorted(wanted, key=_DEEPEST_FIRST.index):
+        num_experts, in_features = wanted[source]
+        size, first = 4 * in_features**2, 0
+        while first < num_experts:
+            if left < size and passes[-1]:
+                passes.append({})
+                left = hessian_bytes
+            stop = min(num_experts, first + max(1, left // size))
+            passes[-1][source] = range(first, stop)
+            left -= (stop - first) * size
+            first = stop
+    return passes
 
 
 class Collector:
@@ -23,7 +72,7 @@ class Collector:
 
     Args:
         parameters: the layer's; they say how wide each source is and how many experts read it.
-        wanted: sources whose linears are to be quantized.
+        wanted: sources whose linears are to be quantized, and which of their experts.
         routing_power: rows of routed sources weigh their score to this power.
         backend: what sums the Hessians.
     """
@@ -31,13 +80,13 @@ class Collector:
     def __init__(
         self,
         parameters: Iterable[Parameter],
-        wanted: Collection[Source],
+        wanted: Mapping[Source, range],
         routing_power: float,
         backend: Backend = Backend.AUTO,
     ) -> None:
         self._backend = backend
         self._power = routing_power
-        self._widths = {p.source: (p.num_experts or 1, p.shape[-1]) for p in parameters if p.source is not None}
+        self._widths = widths(parameters)
         self._wanted = wanted
         self.hessians: dict[Source, HessianSum] = {}
         self._chosen: dict[Source, EvidenceSum] = {}
@@ -48,10 +97,18 @@ class Collector:
         score_R = None if routing is None else routing.score_R
         if source in (Source.EXPERT_IN, Source.SHARED_IN) and counts is not None:
             self._chosen.setdefault(source, EvidenceSum(len(counts), self._power)).add(counts, score_R)
-        if source in self._wanted:
-            if source not in self.hessians:
-                self.hessians[source] = HessianSum(*self._widths[source], self._power, x.device, self._backend)
-            self.hessians[source].add(x.flatten(0, -2), counts, score_R)
+        experts = self._wanted.get(source)
+        if experts is None:
+            return
+        if source not in self.hessians:
+            width = self._widths[source][1]
+            self.hessians[source] = HessianSum(len(experts), width, self._power, x.device, self._backend)
+        x_RI = x.flatten(0, -2)
+        if counts is not None and len(experts) < len(counts):
+            rows = slice(sum(counts[: experts.start]), sum(counts[: experts.stop]))
+            x_RI, counts = x_RI[rows], counts[experts.start : experts.stop]
+            score_R = None if score_R is None else score_R[rows]
+        self.hessians[source].add(x_RI, counts, score_R)
 
     def routing(self) -> RoutingRecord | None:
         """What the router did, and the gate of shared experts; None where no expert was shown."""

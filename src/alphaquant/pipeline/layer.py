@@ -5,6 +5,7 @@ Shapes: E experts, O out, I in; N sequences, L positions, D hidden.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,10 +14,10 @@ import torch
 from alphaquant.errors import NumericsError
 from alphaquant.formats import QuantizedTensor, dequantize
 from alphaquant.models import MoESpec, Source, head_input
-from alphaquant.pipeline.collect import Collector
-from alphaquant.pipeline.records import LayerRecord, ModuleRecord
+from alphaquant.pipeline.collect import Collector, collection_passes, widths
+from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RoutingRecord
 from alphaquant.pipeline.stream import Clock, attend, chunks, feed, silent
-from alphaquant.solver import HessianSum, Method, quantize_stack
+from alphaquant.solver import WORKSPACE_WEIGHTS, Evidence, HessianSum, Method, experts_a_part, quantize_stack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
     from alphaquant.models import LayerWeights, ModelSpec, Parameter
     from alphaquant.pipeline.records import RoutingRecord
     from alphaquant.pipeline.stream import Progress
-    from alphaquant.solver import Evidence, Outcome, Recipe
+    from alphaquant.solver import Outcome, Recipe
 
-__all__ = ["LayerQuantizer", "QuantizedLayer"]
+__all__ = ["LayerQuantizer", "Limits", "QuantizedLayer"]
 
 _ATTENTION = (Source.ATTENTION_IN, Source.QUERY_LATENT, Source.KV_LATENT, Source.ATTENTION_OUT)
 
@@ -51,6 +52,19 @@ class _Stack(NamedTuple):
     experts: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What may lie in memory at a time.
+
+    Attributes:
+        hessian_bytes: Hessian sums of one forward pass; with less, there are more passes.
+        workspace_weights: weights solved together.
+    """
+
+    hessian_bytes: int = sys.maxsize
+    workspace_weights: int = WORKSPACE_WEIGHTS
+
+
 @dataclass(frozen=True)
 class LayerQuantizer:
     """Quantizes layer after layer of one model.
@@ -61,6 +75,7 @@ class LayerQuantizer:
         recipe: settings of the method.
         clock: counts seconds by phase.
         progress: is told what happens.
+        limits: what may lie in memory at a time; no code depends on it.
     """
 
     spec: ModelSpec
@@ -68,6 +83,7 @@ class LayerQuantizer:
     recipe: Recipe
     clock: Clock = field(default_factory=Clock)
     progress: Progress = silent
+    limits: Limits = field(default_factory=Limits)
 
     @torch.no_grad()
     def layer(self, layer: int, weights: LayerWeights, x_NLD: Tensor | None) -> QuantizedLayer:
@@ -81,24 +97,28 @@ class LayerQuantizer:
         routing: RoutingRecord | None = None
         for half, in_half in ((attend, True), (feed, False)):
             stacks = self._stacks(layer, [p for p in parameters if (p.source in _ATTENTION) == in_half])
-            sources = {stack.source for stack in stacks}
-            collector = Collector(parameters, sources, self.recipe.routing_power, self.recipe.backend)
-            # with nothing to solve the pass is still worth its time for what it shows of the experts
-            if x_NLD is not None and (stacks or isinstance(self.spec.layers[layer].mlp, MoESpec)):
-                self._tell("calibrate", layer, x_NLD)
-                with self.clock("calibrate"):
-                    half(x_NLD, weights, self.spec, layer, tap=collector)
-            self._tell("solve", layer)
-            with self.clock("solve"):
-                for source in dict.fromkeys(stack.source for stack in stacks):
-                    hessian = collector.hessians.pop(source, None)
-                    self._solve(layer, weights, [s for s in stacks if s.source is source], hessian, result)
+            wanted = {stack.source: widths(stack.parameters)[stack.source] for stack in stacks}
+            for experts in collection_passes(wanted, self.limits.hessian_bytes):
+                collector = Collector(parameters, experts, self.recipe.routing_power, self.recipe.backend)
+                # with nothing to solve the pass is still worth its time for what it shows of the experts
+                if x_NLD is not None and (stacks or isinstance(self.spec.layers[layer].mlp, MoESpec)):
+                    self._tell("calibrate", layer, x_NLD)
+                    with self.clock("calibrate"):
+                        half(x_NLD, weights, self.spec, layer, tap=collector)
+                self._tell("solve", layer)
+                with self.clock("solve"):
+                    for source, some in experts.items():
+                        hessian = collector.hessians.pop(source, None)
+                        self._solve(layer, weights, [s for s in stacks if s.source is source], some, hessian, result)
+                routing = collector.routing() or routing
             if x_NLD is not None:
                 self._tell("propagate", layer, x_NLD)
                 with self.clock("propagate"):
                     half(x_NLD, weights, self.spec, layer)
-            routing = collector.routing() or routing
-        return QuantizedLayer(result.quantized, LayerRecord(layer, result.record.modules, routing))
+        records = {module.name: module for module in result.record.modules}
+        names = (name for parameter in parameters for name in self._names(layer, parameter))
+        modules = [records[name] for name in names if name in records]
+        return QuantizedLayer(result.quantized, LayerRecord(layer, modules, routing))
 
     @torch.no_grad()
     def embedding(self, outer: LayerWeights) -> QuantizedLayer:
@@ -127,7 +147,7 @@ class LayerQuantizer:
                 for cut in chunks(*x_NLD.shape[:2]):
                     hessian.add(head_input(x_NLD[cut], outer, self.spec).flatten(0, 1))
         with self.clock("solve"):
-            self._solve(None, outer, self._stacks(None, [parameter]), hessian, result)
+            self._solve(None, outer, self._stacks(None, [parameter]), range(1), hessian, result)
         return result
 
     def _tell(self, phase: str, layer: int, x_NLD: Tensor | None = None) -> None:
@@ -157,40 +177,55 @@ class LayerQuantizer:
         layer: int | None,
         weights: LayerWeights,
         stacks: Sequence[_Stack],
+        collected: range,
         hessian: HessianSum | None,
         result: QuantizedLayer,
     ) -> None:
-        """Solve all stacks that read one source, and put their de-quantized weights in place."""
-        if not stacks:
-            return
-        h_EII = None if hessian is None else hessian.normalized()
-        if h_EII is not None and not bool(torch.isfinite(h_EII.sum())):
-            raise NumericsError(
-                f"the Hessian of {stacks[0].source.value} holds NaN or infinity",
-                where="head" if layer is None else f"layer {layer}",
-                remedy="run with --dtype fp32",
-            )
+        """Solve the `collected` experts of all stacks that read one source, part by part.
+
+        Their de-quantized weights are put in place.
+        """
         for stack in stacks:
-            experts = list(stack.experts)
-            stacked = [weights[p.key] if p.num_experts else weights[p.key][None] for p in stack.parameters]
-            w_EOI = torch.cat([w[experts] for w in stacked], 1)
-            evidence = None if hessian is None else hessian.evidence
-            outcome = quantize_stack(
-                w_EOI,
-                None if h_EII is None else h_EII if len(experts) == len(h_EII) else h_EII[experts],
-                None if evidence is None else evidence.effective_E[experts],
-                stack.scheme,
-                self.recipe,
-            )
-            new_EOI = dequantize(outcome.quantized, w_EOI.dtype)
-            start = 0
-            for parameter, target in zip(stack.parameters, stacked, strict=True):
-                rows = slice(start, start + parameter.shape[0])
-                target[experts] = new_EOI[:, rows]
-                names = self._names(layer, parameter)
-                for position, expert in enumerate(experts):
-                    self._note(result, parameter, names[expert], outcome, evidence, rows, position, expert)
-                start = rows.stop
+            experts = [expert for expert in stack.experts if expert in collected]
+            rows = sum(parameter.shape[0] for parameter in stack.parameters)
+            at_once = experts_a_part(rows, stack.parameters[0].shape[1], self.limits.workspace_weights)
+            for start in range(0, len(experts), at_once):
+                self._solve_part(layer, weights, stack, experts[start : start + at_once], collected, hessian, result)
+
+    def _solve_part(
+        self,
+        layer: int | None,
+        weights: LayerWeights,
+        stack: _Stack,
+        experts: list[int],
+        collected: range,
+        hessian: HessianSum | None,
+        result: QuantizedLayer,
+    ) -> None:
+        stacked = [weights[p.key] if p.num_experts else weights[p.key][None] for p in stack.parameters]
+        w_EOI = torch.cat([w[experts] for w in stacked], 1)
+        h_EII, evidence = None, None
+        if hessian is not None:
+            places = [expert - collected.start for expert in experts]
+            h_EII = hessian.normalized(places)
+            evidence = Evidence(*(value[places] for value in hessian.evidence))
+            if not bool(torch.isfinite(h_EII.sum())):
+                raise NumericsError(
+                    f"the Hessian of {stack.source.value} holds NaN or infinity",
+                    where="head" if layer is None else f"layer {layer}",
+                    remedy="run with --dtype fp32",
+                )
+        effective_E = None if evidence is None else evidence.effective_E
+        outcome = quantize_stack(w_EOI, h_EII, effective_E, stack.scheme, self.recipe, self.limits.workspace_weights)
+        new_EOI = dequantize(outcome.quantized, w_EOI.dtype)
+        start = 0
+        for parameter, target in zip(stack.parameters, stacked, strict=True):
+            rows = slice(start, start + parameter.shape[0])
+            target[experts] = new_EOI[:, rows]
+            names = self._names(layer, parameter)
+            for position, expert in enumerate(experts):
+                self._note(result, parameter, names[expert], outcome, evidence, rows, position)
+            start = rows.stop
 
     def _note(
         self,
@@ -201,7 +236,6 @@ class LayerQuantizer:
         evidence: Evidence | None,
         rows: slice,
         position: int,
-        expert: int = 0,
     ) -> None:
         """Keep codes and record of one module: `rows` of the stack's matrix at `position`."""
         q = outcome.quantized
@@ -216,7 +250,7 @@ class LayerQuantizer:
         energy = outcome.energy_EO[position, rows].sum().item()
         fallback, retries = bool(outcome.fallback_E[position]), int(outcome.retries_E[position])
         rounded = fallback or evidence is None or self.recipe.method is Method.RTN
-        effective = 0.0 if evidence is None else float(evidence.effective_E[expert])
+        effective = 0.0 if evidence is None else float(evidence.effective_E[position])
         event = None
         if fallback:
             event = f"rounded to nearest: {effective:.0f} effective samples for {parameter.shape[1]} inputs"
@@ -231,7 +265,7 @@ class LayerQuantizer:
                 num_weights=parameter.shape[0] * parameter.shape[1],
                 loss=loss,
                 relative_loss=loss / energy if energy > 0 else 0.0,
-                tokens=0 if evidence is None else int(evidence.tokens_E[expert]),
+                tokens=0 if evidence is None else int(evidence.tokens_E[position]),
                 effective_samples=effective,
                 damping=float(outcome.damping_E[position]),
                 method=(Method.RTN if rounded else Method.GPTQ).value,

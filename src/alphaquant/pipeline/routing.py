@@ -121,7 +121,7 @@ def measure_routing(
         attend(x_NLD, weights, spec, layer)
         mlp = mixtures[layer]
         if isinstance(mlp, MoESpec):
-            collector = Collector(spec.parameters(layer), (), 1.0)
+            collector = Collector(spec.parameters(layer), {}, 1.0)
             feed(x_NLD, weights, spec, layer, tap=collector)
             record = collector.routing()
             assert record is not None

@@ -4,12 +4,21 @@ from alphaquant.solver.backend import Backend
 from alphaquant.solver.factor import Factor, damp, factorize
 from alphaquant.solver.gptq import Solution, solve
 from alphaquant.solver.hessian import Evidence, EvidenceSum, HessianSum
-from alphaquant.solver.method import Effort, Method, Outcome, Recipe, quantize_stack
+from alphaquant.solver.method import (
+    WORKSPACE_WEIGHTS,
+    Effort,
+    Method,
+    Outcome,
+    Recipe,
+    experts_a_part,
+    quantize_stack,
+)
 from alphaquant.solver.refine import refine
 from alphaquant.solver.rtn import hessian_loss, round_to_nearest
 from alphaquant.solver.scales import Scales, absmax_scales, search_scales
 
 __all__ = [
+    "WORKSPACE_WEIGHTS",
     "Backend",
     "Effort",
     "Evidence",
@@ -23,6 +32,7 @@ __all__ = [
     "Solution",
     "absmax_scales",
     "damp",
+    "experts_a_part",
     "factorize",
     "hessian_loss",
     "quantize_stack",

@@ -109,21 +109,26 @@ class HessianSum:
     @property
     def sum_EII(self) -> Tensor:
         """The whole sums `[E, I, I]`, a new tensor."""
-        sum_EII = self._upper_EII.clone()
-        for start, end in _bands(sum_EII.shape[1]):
-            sum_EII[:, end:, start:end] = sum_EII[:, start:end, end:].transpose(1, 2)
-        return sum_EII
+        return _mirrored(self._upper_EII.clone())
 
-    def normalized(self) -> Tensor:
-        """Mean Hessians `[E, I, I]` a unit of weight; zero for an expert that saw nothing."""
+    def normalized(self, experts: list[int] | None = None) -> Tensor:
+        """Mean Hessians `[E, I, I]` a unit of weight, of some experts or of all; zero for one that saw nothing."""
         weight_E = self._evidence.weight_E.clamp_min(torch.finfo(torch.float32).tiny).float()
-        sum_EII = self.sum_EII
-        return sum_EII.div_(weight_E.to(sum_EII.device)[:, None, None])
+        some = slice(None) if experts is None else experts
+        sum_EII = self.sum_EII if experts is None else _mirrored(self._upper_EII[some])
+        return sum_EII.div_(weight_E[some].to(sum_EII.device)[:, None, None])
 
     @property
     def evidence(self) -> Evidence:
         """Rows, score mass and effective sample size of each expert."""
         return self._evidence.evidence
+
+
+def _mirrored(upper_EII: Tensor) -> Tensor:
+    """The whole of symmetric matrices of which the upper bands are filled, in place."""
+    for start, end in _bands(upper_EII.shape[1]):
+        upper_EII[:, end:, start:end] = upper_EII[:, start:end, end:].transpose(1, 2)
+    return upper_EII
 
 
 def _expert_sums(values_R: Tensor, counts: list[int]) -> Tensor:

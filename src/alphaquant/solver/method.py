@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from alphaquant.formats import QuantizedTensor, Scheme
 
-__all__ = ["Effort", "Method", "Outcome", "Recipe", "quantize_stack"]
+__all__ = ["WORKSPACE_WEIGHTS", "Effort", "Method", "Outcome", "Recipe", "experts_a_part", "quantize_stack"]
 
-_WORKSPACE_WEIGHTS = 1 << 24  # weights solved at a time; about ten fp32 copies of them are alive
+WORKSPACE_WEIGHTS = 1 << 24  # weights solved at a time; about ten fp32 copies of them are alive
 
 
 class Method(Enum):
@@ -98,8 +98,18 @@ class Outcome:
     fallback_E: Tensor
 
 
+def experts_a_part(out_features: int, in_features: int, workspace: int = WORKSPACE_WEIGHTS) -> int:
+    """How many matrices of this shape are solved together: neither they nor their Hessians exceed the workspace."""
+    return max(1, workspace // (max(out_features, in_features) * in_features))
+
+
 def quantize_stack(
-    w_EOI: Tensor, h_EII: Tensor | None, effective_E: Tensor | None, scheme: Scheme, recipe: Recipe
+    w_EOI: Tensor,
+    h_EII: Tensor | None,
+    effective_E: Tensor | None,
+    scheme: Scheme,
+    recipe: Recipe,
+    workspace: int = WORKSPACE_WEIGHTS,
 ) -> Outcome:
     """Quantize a stack of matrices; experts and rows go through in parts that bound the workspace.
 
@@ -109,6 +119,7 @@ def quantize_stack(
         effective_E: effective sample sizes behind the Hessians.
         scheme: number format and groups.
         recipe: settings.
+        workspace: weights solved at a time; memory only.
     """
     num_experts, out_features, in_features = w_EOI.shape
     if h_EII is None or effective_E is None or recipe.method is Method.RTN:
@@ -116,16 +127,16 @@ def quantize_stack(
         rounded_E = torch.ones(num_experts, dtype=torch.bool)
     else:
         rounded_E = fallback_E = effective_E.cpu() < recipe.rtn_below * in_features
-    experts_a_part = max(1, _WORKSPACE_WEIGHTS // (max(out_features, in_features) * in_features))
+    at_once = experts_a_part(out_features, in_features, workspace)
     order, parts = [], []
     for is_rounded in (True, False):
-        for experts in (rounded_E == is_rounded).nonzero()[:, 0].split(experts_a_part):
+        for experts in (rounded_E == is_rounded).nonzero()[:, 0].split(at_once):
             if experts.numel() == 0:
                 continue
             index = experts.to(w_EOI.device)
             h_part = None if h_EII is None else h_EII[index]
             damping_E = None if effective_E is None else _damping(effective_E[experts], in_features, recipe)
-            part = _quantize_part(w_EOI[index], h_part, damping_E, scheme, recipe, rounded=is_rounded)
+            part = _quantize_part(w_EOI[index], h_part, damping_E, scheme, recipe, workspace, rounded=is_rounded)
             parts.append(replace(part, fallback_E=fallback_E[experts]))
             order.append(experts)
     return _map(lambda *x: torch.cat(x)[torch.cat(order).argsort().to(x[0].device)], parts)
@@ -137,7 +148,14 @@ def _damping(effective_E: Tensor, in_features: int, recipe: Recipe) -> Tensor:
 
 
 def _quantize_part(
-    w_EOI: Tensor, h_EII: Tensor | None, damping_E: Tensor | None, scheme: Scheme, recipe: Recipe, *, rounded: bool
+    w_EOI: Tensor,
+    h_EII: Tensor | None,
+    damping_E: Tensor | None,
+    scheme: Scheme,
+    recipe: Recipe,
+    workspace: int,
+    *,
+    rounded: bool,
 ) -> Outcome:
     num_experts, _, in_features = w_EOI.shape
     nothing_E = torch.zeros(num_experts)
@@ -150,7 +168,7 @@ def _quantize_part(
     # a matrix has one scale of its own in NVFP4, whichever rows are solved together
     global_scale_E = matrix_scale(w_EOI) if scheme.format.scale is ScaleKind.E4M3 else None
     parts = []
-    for w_part in w_EOI.split(max(1, _WORKSPACE_WEIGHTS // (num_experts * in_features)), 1):
+    for w_part in w_EOI.split(max(1, workspace // (num_experts * in_features)), 1):
         w_part_EOI = w_part.float()
         solution = _solve_rows(w_part_EOI, damped_EII, factor, scheme, recipe, global_scale_E)
         outcome = Outcome(

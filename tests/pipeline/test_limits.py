@@ -1,0 +1,92 @@
+"""What may lie in memory at a time changes how a layer is worked through, and nothing of what comes out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from alphaquant.models import Source, read_layer
+from alphaquant.pipeline import collect, prepare
+from alphaquant.pipeline.collect import collection_passes
+from alphaquant.pipeline.layer import LayerQuantizer, Limits, QuantizedLayer
+from alphaquant.solver import HessianSum, Recipe
+
+from . import tiny
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PLAN = {
+    "default": {"wq": "int3", "group_size": 32},
+    "overrides": [
+        {"pattern": "*.experts.2.*", "wq": "int4"},
+        {"pattern": "*.experts.5.down_proj", "skip": True},
+        {"pattern": "*.mlp.gate", "wq": "int8"},
+    ],
+}
+
+
+def quantized(directory: Path, limits: Limits) -> QuantizedLayer:
+    prepared = prepare(directory, tiny.as_plan(PLAN))
+    quantizer = LayerQuantizer(prepared.spec, prepared.schemes, Recipe(rtn_below=0.0), limits=limits)
+    x_NLD = torch.randn(6, 16, prepared.spec.hidden_size, generator=torch.Generator().manual_seed(1))
+    return quantizer.layer(1, read_layer(prepared.source, prepared.spec, 1, torch.float32), x_NLD)
+
+
+class Largest(HessianSum):
+    """A Hessian sum that keeps the size of the largest one made."""
+
+    num_bytes = 0
+
+    def __init__(self, num_experts, in_features, *args):
+        super().__init__(num_experts, in_features, *args)
+        Largest.num_bytes = max(Largest.num_bytes, 4 * num_experts * in_features**2)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "llama"])
+def test_less_memory_gives_the_same_layer(request, monkeypatch, family):
+    """Passes of one Hessian, of a few, and parts of a few rows, against all at once."""
+    directory = request.getfixturevalue(family)
+    whole = quantized(directory, Limits())
+    monkeypatch.setattr(collect, "HessianSum", Largest)
+    for hessian_bytes, workspace in ((1, 64 * 8), (3 * 4 * 64**2, 1 << 24), (1 << 40, 64 * 64)):
+        monkeypatch.setattr(Largest, "num_bytes", 0)
+        found = quantized(directory, Limits(hessian_bytes, workspace))
+        assert Largest.num_bytes <= max(hessian_bytes, 4 * 128**2)
+        assert [m.name for m in found.record.modules] == [m.name for m in whole.record.modules]
+        assert found.record.routing == whole.record.routing
+        for left, right in zip(found.record.modules, whole.record.modules, strict=True):
+            assert left.loss == pytest.approx(right.loss, rel=1e-4)
+            assert (left.tokens, left.event, left.damping) == (right.tokens, right.event, right.damping)
+        assert found.quantized.keys() == whole.quantized.keys()
+        for name, module in found.quantized.items():
+            assert module.codes.equal(whole.quantized[name].codes), name
+            assert module.scale.equal(whole.quantized[name].scale), name
+
+
+def test_passes_hold_what_fits_and_the_deepest_come_first():
+    wanted = {Source.MLP_IN: (1, 64), Source.EXPERT_IN: (8, 64), Source.EXPERT_HIDDEN: (8, 32)}
+    assert len(collection_passes(wanted)) == 1
+    size = 4 * 64**2
+    passes = collection_passes(wanted, 4 * size)
+    assert passes == [
+        {Source.EXPERT_HIDDEN: range(8), Source.EXPERT_IN: range(2)},
+        {Source.EXPERT_IN: range(2, 6)},
+        {Source.EXPERT_IN: range(6, 8), Source.MLP_IN: range(1)},
+    ]
+
+
+@pytest.mark.parametrize("hessian_bytes", [1, 5000, 4 * 64**2, 100_000, 1 << 40])
+def test_every_expert_is_collected_once(hessian_bytes):
+    wanted = {Source.MLP_IN: (1, 64), Source.EXPERT_IN: (7, 64), Source.EXPERT_HIDDEN: (7, 96)}
+    found: dict[Source, list[int]] = {source: [] for source in wanted}
+    for one in collection_passes(wanted, hessian_bytes):
+        taken = 0
+        for source, experts in one.items():
+            found[source] += experts
+            taken += len(experts) * 4 * wanted[source][1] ** 2
+        assert taken <= hessian_bytes or sum(map(len, one.values())) == 1
+    assert found == {source: list(range(experts)) for source, (experts, _) in wanted.items()}
+    assert collection_passes({}) == [{}]
