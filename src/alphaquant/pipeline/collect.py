@@ -24,6 +24,8 @@ __all__ = ["Collector", "collection_passes", "widths"]
 # what a source's linears make is read by the linears of the sources before it here
 _DEEPEST_FIRST = (
     Source.ATTENTION_OUT,
+    Source.QUERY_LATENT,
+    Source.KV_LATENT,
     Source.ATTENTION_IN,
     Source.EXPERT_HIDDEN,
     Source.SHARED_HIDDEN,

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from alphaquant.pipeline.stream import Progress
     from alphaquant.solver import Outcome, Recipe
 
-__all__ = ["LayerQuantizer", "Limits", "QuantizedLayer"]
+__all__ = ["ATTENTION_SOURCES", "LayerQuantizer", "Limits", "QuantizedLayer"]
 
-_ATTENTION = (Source.ATTENTION_IN, Source.QUERY_LATENT, Source.KV_LATENT, Source.ATTENTION_OUT)
+ATTENTION_SOURCES = (Source.ATTENTION_IN, Source.QUERY_LATENT, Source.KV_LATENT, Source.ATTENTION_OUT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ class LayerQuantizer:
         parameters = self.spec.parameters(layer)
         routing: RoutingRecord | None = None
         for half, in_half in ((attend, True), (feed, False)):
-            stacks = self._stacks(layer, [p for p in parameters if (p.source in _ATTENTION) == in_half])
+            stacks = self._stacks(layer, [p for p in parameters if (p.source in ATTENTION_SOURCES) == in_half])
             wanted = {stack.source: widths(stack.parameters)[stack.source] for stack in stacks}
             for experts in collection_passes(wanted, self.limits.hessian_bytes):
                 collector = Collector(parameters, experts, self.recipe.routing_power, self.recipe.backend)
