@@ -27,6 +27,7 @@ from alphaquant.formats import FORMATS, QuantizedTensor, Scheme
 from alphaquant.layouts import LAYOUTS
 from alphaquant.models import MoESpec
 from alphaquant.models.moe import feed_forward
+from alphaquant.numerics import keep_freed_memory
 from alphaquant.solver import (
     WORKSPACE_WEIGHTS,
     HessianSum,
@@ -248,6 +249,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="where to make the temporary directory")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the command does
     device = torch.device(args.device)
     names = list(SHAPES) if "all" in args.shapes else args.shapes
     result = {

@@ -72,26 +72,29 @@ def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True) -> Fa
         order_EI = h_EII.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
     else:
         order_EI = torch.arange(size, device=h_EII.device).repeat(num_experts, 1)
-    damped_EII = _reorder(damp(h_EII, damping_E), order_EI)
-    # flipping both axes turns the lower Cholesky factor into the upper one
-    chol_EII, info_E = torch.linalg.cholesky_ex(damped_EII.flip(1, 2))
+    # in the opposite order, so that flipping both axes turns the lower Cholesky factor into the upper one
+    opposite_EI = order_EI.flip(1)
+    damped_EII = _reorder(damp(h_EII, damping_E), opposite_EI)
+    chol_EII, info_E = torch.linalg.cholesky_ex(damped_EII)
     failed = info_E.nonzero()[:, 0]
     for _ in range(_RETRIES):
         if failed.numel() == 0:
             break
         damping_E[failed] = (damping_E[failed] * _RETRY_FACTOR).clamp_min(_FIRST_RETRY)
         retries_E[failed] += 1
-        damped_EII[failed] = _reorder(damp(h_EII[failed], damping_E[failed]), order_EI[failed])
-        chol_EII[failed], info_E = torch.linalg.cholesky_ex(damped_EII[failed].flip(1, 2))
+        damped_EII[failed] = _reorder(damp(h_EII[failed], damping_E[failed]), opposite_EI[failed])
+        chol_EII[failed], info_E = torch.linalg.cholesky_ex(damped_EII[failed])
         failed = failed[info_E != 0]
-    diagonal_EI = damped_EII.diagonal(dim1=1, dim2=2)
     if failed.numel() > 0:
         retries_E[failed] += 1
-        chol_EII[failed] = torch.diag_embed(diagonal_EI[failed].sqrt()).flip(1, 2)
+        diagonal_EI = damped_EII.diagonal(dim1=1, dim2=2)
+        chol_EII[failed] = torch.diag_embed(diagonal_EI[failed].sqrt())
+    del damped_EII  # these are the largest arrays of a run: no more of them than need be
     upper_EII = chol_EII.flip(1, 2)
-    root_EI = upper_EII.diagonal(dim1=1, dim2=2)
+    del chol_EII
+    root_EI = upper_EII.diagonal(dim1=1, dim2=2).clone()
     return Factor(
-        feedback_EII=upper_EII / root_EI[:, None, :],
+        feedback_EII=upper_EII.div_(root_EI[:, None, :]),
         curvature_EI=root_EI.square(),
         order_EI=order_EI,
         damping_E=damping_E,
