@@ -52,7 +52,7 @@ def matches(target, name):
 # --- compressed-tensors ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(assignments(CT_SCHEMES))
 def test_compressed_tensors_groups_match_exactly_their_modules(schemes):
     config = config_of("compressed-tensors", schemes)
@@ -187,7 +187,7 @@ def fused_prefixes(schemes):
     return {name: found.pop() for name, found in members.items() if len(found) == 1 and ".experts." not in name}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(assignments(HUMMING_SCHEMES))
 def test_humming_rules_give_every_module_its_scheme(schemes):
     config = config_of("humming", schemes)

@@ -32,7 +32,7 @@ def test_every_scheme_round_trips(layout, scheme):
         assert layout.name == "compressed-tensors"  # humming takes every scheme of this shape
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.sampled_from(CODED),
     st.sampled_from(all_schemes((-1, 1, 3, 16, 32))),

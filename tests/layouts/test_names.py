@@ -35,7 +35,7 @@ def subsets(draw):
     return names, [name for name in names if keys[name] in chosen]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(subsets())
 def test_patterns_match_exactly_the_chosen_names_once(subset):
     names, chosen = subset
