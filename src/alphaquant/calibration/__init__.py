@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from alphaquant.calibration.batches import loader_tokens
+from alphaquant.calibration.mix import needs_tokenizer
 from alphaquant.calibration.texts import SOURCES, Conversation, Split, is_tokenised, load_rows, load_text
 from alphaquant.calibration.tokens import (
     TokenBatch,
@@ -25,4 +26,5 @@ __all__ = [
     "load_text",
     "load_tokenizer",
     "loader_tokens",
+    "needs_tokenizer",
 ]

@@ -20,6 +20,7 @@ import tokenizers
 import torch
 
 from alphaquant.calibration.apart import LONG_TEXT, encode_apart
+from alphaquant.calibration.mix import apportion, parse_mix
 from alphaquant.calibration.texts import Conversation, Split, is_tokenised, load_rows, load_text
 from alphaquant.errors import CalibrationError
 
@@ -196,16 +197,46 @@ def calibration_tokens(
     vocab_size: int,
     split: Split = "calibration",
 ) -> TokenBatch:
-    """Random windows of the whole tokenised text, or rows of a pre-tokenised file.
+    """Random windows of the whole tokenised text, or rows of a pre-tokenised file; of several texts by share.
 
     The text is tokenised in one piece (documents one by one, then joined) and windows may overlap, as in GPTQ
     (Frantar et al., arXiv:2210.17323). Rows are taken as they are, cut to ``seqlen``; of more rows than
-    ``num_samples`` a random choice. A pre-tokenised file needs no tokenizer.
+    ``num_samples`` a random choice. A pre-tokenised file needs no tokenizer. Of ``A:0.4,B:0.6`` each text gives its
+    share of the windows, in this order.
 
     Raises:
-        CalibrationError: the text cannot be had, is shorter than one window, or an id is outside the vocabulary.
+        CalibrationError: the text cannot be had, is shorter than one window, or an id is outside the vocabulary; the
+            shares of several are not shares.
     """
     _check_positive(num_samples=num_samples, seqlen=seqlen)
+    parts = parse_mix(source)
+    counts = apportion(num_samples, parts)
+    batches = [
+        _draw(part.source, tokenizer, num_samples=count, seqlen=seqlen, seed=seed, vocab_size=vocab_size, split=split)
+        for part, count in zip(parts, counts, strict=True)
+        if count
+    ]
+    if parts[0].source == source:
+        return batches[0]
+    ids_NL = torch.cat([batch.ids for batch in batches])
+    empty = [part.source for part, count in zip(parts, counts, strict=True) if not count]
+    warnings = [f"{name}: its share of {num_samples} windows is none" for name in empty]
+    warnings += [warning for batch in batches for warning in batch.warnings]
+    num_available = sum(batch.num_available for batch in batches)
+    return TokenBatch(ids_NL, source, _digest(ids_NL), num_available, tuple(warnings))
+
+
+def _draw(
+    source: str,
+    tokenizer: Tokenizer | None,
+    *,
+    num_samples: int,
+    seqlen: int,
+    seed: int,
+    vocab_size: int,
+    split: Split,
+) -> TokenBatch:
+    """Windows of one text."""
     generator = torch.Generator().manual_seed(seed)
     if is_tokenised(source):
         ids_NL, num_available = _load_row_batch(source, seqlen, vocab_size)
@@ -342,9 +373,13 @@ def _make_batch(source: str, ids_NL: Tensor, num_available: int, num_asked: int 
         shape = f"{num_available} tokens: {num_windows} windows of {ids_NL.shape[1]}"
         warnings = (f"{source} holds {shape}, fewer than the {num_asked} asked for; {len(ids_NL)} are used",)
     ids_NL = ids_NL.contiguous()
+    return TokenBatch(ids_NL, source, _digest(ids_NL), num_available, warnings)
+
+
+def _digest(ids_NL: Tensor) -> str:
     digest = hashlib.sha256(f"{list(ids_NL.shape)}".encode())
     digest.update(ids_NL.numpy().astype("<i8", copy=False).data)
-    return TokenBatch(ids_NL, source, digest.hexdigest(), num_available, warnings)
+    return digest.hexdigest()
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def quantize(
     effort: Annotated[Effort, typer.Option(help="Spent on scales and refinement.")] = Effort.DEFAULT,
     calib: Annotated[
         str | None,
-        typer.Option(help="wikitext2, c4, bundled, or a text, JSONL or token file.", show_default="wikitext2"),
+        typer.Option(
+            help="wikitext2, c4, bundled, a text, JSONL or token file, or A:0.4,B:0.6.", show_default="wikitext2"
+        ),
     ] = None,
     nsamples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 2048,

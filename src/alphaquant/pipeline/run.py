@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alphaquant.calibration import TokenBatch, calibration_tokens, is_tokenised, load_tokenizer
+from alphaquant.calibration import TokenBatch, calibration_tokens, load_tokenizer, needs_tokenizer
 from alphaquant.checkpoint import Checkpoint
 from alphaquant.errors import CheckpointError
 from alphaquant.models import detect, logical
@@ -279,7 +279,7 @@ def draw_tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:
         CalibrationError: the text cannot be had, or is shorter than one window.
     """
     source = calibration.source
-    tokenizer = None if is_tokenised(source) else load_tokenizer(prepared.checkpoint.path)
+    tokenizer = load_tokenizer(prepared.checkpoint.path) if needs_tokenizer(source) else None
     seqlen = min(calibration.seqlen, prepared.spec.max_positions)
     tokens = calibration_tokens(
         source,
