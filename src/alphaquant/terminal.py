@@ -135,6 +135,11 @@ def print_result(report: dict[str, Any]) -> None:
     phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if phase != "total")
     out.print(f"time   {seconds['total']:.1f} s ({phases})", soft_wrap=True)
     out.print(f"memory {human_bytes(report['peak_memory_bytes'])} at its peak")
+    coverage = (report["calibration"] or {}).get("coverage")
+    if coverage is not None:
+        least = f"least-used expert {coverage['before']['least']:.0f} → {coverage['after']['least']:.0f} tokens"
+        tenth = f"lowest tenth {coverage['before']['lowest_tenth']:.0f} → {coverage['after']['lowest_tenth']:.0f}"
+        out.print(f"experts {least}, {tenth}, by a choice among {coverage['drawn']} windows", soft_wrap=True)
     if report["events"]:
         out.print(f"events {len(report['events'])}, the first: {report['events'][0]}", soft_wrap=True)
 

@@ -11,6 +11,7 @@ from alphaquant.calibration.tokens import (
     calibration_tokens,
     evaluation_windows,
     load_tokenizer,
+    token_digest,
 )
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "load_tokenizer",
     "loader_tokens",
     "needs_tokenizer",
+    "token_digest",
 ]

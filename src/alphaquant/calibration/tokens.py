@@ -25,7 +25,7 @@ from alphaquant.calibration.texts import Conversation, Split, is_tokenised, load
 from alphaquant.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from jinja2.nodes import Node
     from jinja2.parser import Parser
@@ -38,6 +38,7 @@ __all__ = [
     "check_vocabulary",
     "evaluation_windows",
     "load_tokenizer",
+    "token_digest",
 ]
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -56,6 +57,7 @@ class TokenBatch:
         digest: sha256 (hex) of the shape and the ids.
         num_available: tokens in the whole source.
         warnings: what a user should know, such as fewer windows than asked for.
+        coverage: what choosing windows by the experts they reach has done, where that was asked for.
     """
 
     ids: Tensor
@@ -63,6 +65,7 @@ class TokenBatch:
     digest: str
     num_available: int
     warnings: tuple[str, ...] = ()
+    coverage: Mapping[str, Any] | None = None
 
 
 class Tokenizer:
@@ -223,7 +226,7 @@ def calibration_tokens(
     warnings = [f"{name}: its share of {num_samples} windows is none" for name in empty]
     warnings += [warning for batch in batches for warning in batch.warnings]
     num_available = sum(batch.num_available for batch in batches)
-    return TokenBatch(ids_NL, source, _digest(ids_NL), num_available, tuple(warnings))
+    return TokenBatch(ids_NL, source, token_digest(ids_NL), num_available, tuple(warnings))
 
 
 def _draw(
@@ -373,10 +376,11 @@ def _make_batch(source: str, ids_NL: Tensor, num_available: int, num_asked: int 
         shape = f"{num_available} tokens: {num_windows} windows of {ids_NL.shape[1]}"
         warnings = (f"{source} holds {shape}, fewer than the {num_asked} asked for; {len(ids_NL)} are used",)
     ids_NL = ids_NL.contiguous()
-    return TokenBatch(ids_NL, source, _digest(ids_NL), num_available, warnings)
+    return TokenBatch(ids_NL, source, token_digest(ids_NL), num_available, warnings)
 
 
-def _digest(ids_NL: Tensor) -> str:
+def token_digest(ids_NL: Tensor) -> str:
+    """sha256 (hex) of the shape and the ids of windows."""
     digest = hashlib.sha256(f"{list(ids_NL.shape)}".encode())
     digest.update(ids_NL.numpy().astype("<i8", copy=False).data)
     return digest.hexdigest()

@@ -67,6 +67,9 @@ def quantize(
     nsamples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
     seqlen: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 2048,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws the windows.")] = 0,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Draw more windows; keep those that reach the least-used experts.")
+    ] = False,
     routing_weight: Annotated[float, typer.Option(min=0, help="Routed rows weigh their score to this power.")] = 1.0,
     kernels: Annotated[
         Backend, typer.Option(help="Inner loops by Triton or torch; auto: Triton on a GPU.")
@@ -113,7 +116,7 @@ def quantize(
     if method is Method.RTN and calib is None:
         calibration = None
     else:
-        calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed)
+        calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed, balance)
     with progress_bar("quantizing", quiet=quiet or as_json) as progress:
         result = quantize_checkpoint(
             prepared,

@@ -1,6 +1,15 @@
 """Our own model definitions: typed descriptors, one decoder, weights read layer by layer."""
 
-from alphaquant.models.decoder import Decoder, LayerWeights, attention_half, head_input, head_weight, mlp_half, rope_for
+from alphaquant.models.decoder import (
+    Decoder,
+    LayerWeights,
+    attention_half,
+    expert_choice,
+    head_input,
+    head_weight,
+    mlp_half,
+    rope_for,
+)
 from alphaquant.models.families import FAMILIES, detect
 from alphaquant.models.spec import MLPSpec, ModelSpec, MoESpec, Parameter, Source
 from alphaquant.models.tap import Routing, Tap
@@ -29,6 +38,7 @@ __all__ = [
     "attention_half",
     "check_tensors",
     "detect",
+    "expert_choice",
     "head_input",
     "head_weight",
     "load_decoder",

@@ -13,16 +13,18 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.models.attention import KeyValueCache, attention, rms_norm
-from alphaquant.models.moe import feed_forward
+from alphaquant.models.moe import feed_forward, route
 from alphaquant.models.rope import rope_tables
+from alphaquant.models.spec import MoESpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from alphaquant.models.moe import Choice
     from alphaquant.models.spec import ModelSpec
     from alphaquant.models.tap import Tap
 
-__all__ = ["Decoder", "LayerWeights", "attention_half", "head_input", "mlp_half", "rope_for"]
+__all__ = ["Decoder", "LayerWeights", "attention_half", "expert_choice", "head_input", "mlp_half", "rope_for"]
 
 LayerWeights = dict[str, Tensor]
 
@@ -55,6 +57,14 @@ def mlp_half(
     normed = rms_norm(x_BLD, weights["post_attention_layernorm.weight"], spec.rms_norm_eps)
     out = feed_forward(normed, weights, spec.layers[layer].mlp, tap)
     return x_BLD if tap is not None else x_BLD + out
+
+
+def expert_choice(x_BLD: Tensor, weights: Mapping[str, Tensor], spec: ModelSpec, layer: int) -> Choice:
+    """What the router of `layer` chooses for a residual stream before its feed-forward, token by token."""
+    mlp = spec.layers[layer].mlp
+    assert isinstance(mlp, MoESpec)
+    normed = rms_norm(x_BLD, weights["post_attention_layernorm.weight"], spec.rms_norm_eps)
+    return route(normed.flatten(0, -2), weights, mlp)
 
 
 def head_input(x_BLD: Tensor, outer: Mapping[str, Tensor], spec: ModelSpec) -> Tensor:

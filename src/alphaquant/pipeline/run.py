@@ -15,6 +15,7 @@ from alphaquant.calibration import TokenBatch, calibration_tokens, load_tokenize
 from alphaquant.checkpoint import Checkpoint
 from alphaquant.errors import CheckpointError
 from alphaquant.models import detect, logical
+from alphaquant.pipeline.balance import CANDIDATES, balanced, require_experts
 from alphaquant.pipeline.closing import changed_sessions, describe, peak_memory_bytes, plain, session
 from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
 from alphaquant.pipeline.layer import LayerQuantizer, QuantizedLayer
@@ -53,12 +54,16 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Which tokens to calibrate on: `num_samples` windows of `seqlen` tokens of a source, drawn by `seed`."""
+    """Which tokens to calibrate on: `num_samples` windows of `seqlen` tokens of a source, drawn by `seed`.
+
+    With `balance` more are drawn, and those are kept that raise the tokens of the least-used experts.
+    """
 
     source: str = "wikitext2"
     num_samples: int = 128
     seqlen: int = 2048
     seed: int = 0
+    balance: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +205,14 @@ def quantize_checkpoint(
     chosen = planned_layout(prepared, layout)
     clock, begin = Clock(), time.perf_counter()
     with RunDir.create(out, spec.num_layers + 1, resumes=True, fresh=fresh) as run:
+        work_dtype = compute_dtype(dtype, spec, device)
         with clock("tokenize"):
             tokens = None if calibration is None else draw_tokens(prepared, calibration)
-        job = _Job(prepared, recipe, chosen, tokens, device, compute_dtype(dtype, spec, device))
+        if calibration is not None and tokens is not None and calibration.balance:
+            with clock("balance"):
+                kept = calibration.num_samples
+                tokens = balanced(prepared.source, spec, tokens, kept, work_dtype, device, progress)
+        job = _Job(prepared, recipe, chosen, tokens, device, work_dtype)
         run.start(job.identity(), session(device, command))
         for phase, seconds in run.manifest.seconds.items():
             clock.seconds[phase] += seconds
@@ -273,22 +283,26 @@ def _record_name(spec: ModelSpec, shard: int) -> str:
 
 
 def draw_tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:
-    """The windows to calibrate on, cut to what the model takes.
+    """The windows to calibrate on, cut to what the model takes; to be balanced, those to choose from.
 
     Raises:
         CalibrationError: the text cannot be had, or is shorter than one window.
     """
+    if calibration.balance:
+        require_experts(prepared.spec)
     source = calibration.source
     tokenizer = load_tokenizer(prepared.checkpoint.path) if needs_tokenizer(source) else None
     seqlen = min(calibration.seqlen, prepared.spec.max_positions)
     tokens = calibration_tokens(
         source,
         tokenizer,
-        num_samples=calibration.num_samples,
+        num_samples=calibration.num_samples * (CANDIDATES if calibration.balance else 1),
         seqlen=seqlen,
         seed=calibration.seed,
         vocab_size=prepared.spec.vocab_size,
     )
+    if calibration.balance and len(tokens.ids) >= calibration.num_samples:
+        tokens = replace(tokens, warnings=())  # there was less to choose from, but enough to keep
     if seqlen == calibration.seqlen:
         return tokens
     warning = f"windows have {seqlen} tokens, the most that the model takes, where {calibration.seqlen} were asked for"
@@ -304,4 +318,5 @@ def calibration_facts(calibration: Calibration, tokens: TokenBatch) -> dict[str,
         "seqlen": seqlen,
         "seed": calibration.seed,
         "digest": tokens.digest,
+        **({} if tokens.coverage is None else {"coverage": tokens.coverage}),
     }
