@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from alphaquant.checkpoint.blocks import BlockScaled, unquantized
 from alphaquant.checkpoint.hub import SIDE_FILES, resolve_model
 from alphaquant.checkpoint.reader import Checkpoint, read_safetensors
 from alphaquant.checkpoint.shard import TensorInfo
@@ -17,12 +18,14 @@ from alphaquant.checkpoint.writer import (
 
 __all__ = [
     "SIDE_FILES",
+    "BlockScaled",
     "Checkpoint",
     "ShardInfo",
     "TensorInfo",
     "read_safetensors",
     "resolve_model",
     "sync_directory",
+    "unquantized",
     "write_bytes",
     "write_index",
     "write_json",

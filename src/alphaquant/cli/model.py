@@ -117,7 +117,7 @@ def inspect(
     if moe:
         out.print(f"{len(moe)} MoE layers of {moe[0].num_experts} experts, top-{moe[0].top_k}")
     print_sizes(sizes)
-    print_notes(prepared.resolved.warnings, prepared.resolved.notes)
+    print_notes(prepared.resolved.warnings, prepared.notes)
 
 
 def _show_routing(report: RoutingReport, target: Path | None, *, as_json: bool) -> None:
@@ -166,7 +166,7 @@ def plan(
         print_json(table if serving is None else {"schemes": table, "violations": found, "legalized": changes})
     else:
         print_sizes(plan_sizes(prepared))
-        print_notes(prepared.resolved.warnings, [*prepared.resolved.notes, *changes])
+        print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
         if engine is not None:
             print_violations(engine.value, violations)
     if violations:

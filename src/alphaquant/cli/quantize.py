@@ -102,7 +102,7 @@ def quantize(
     changes: tuple[str, ...] = ()
     if serving is not None and legalize:
         prepared, changes = serving.legalized(prepared)
-    print_notes(prepared.resolved.warnings, [*prepared.resolved.notes, *changes])
+    print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
     target = _output_directory(output, save, prepared, overwrite=overwrite)
     layout_name = None if layout is Format.AUTO else layout.value
     if serving is not None:

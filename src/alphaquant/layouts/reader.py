@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from alphaquant.checkpoint import Checkpoint, TensorInfo
+from alphaquant.checkpoint import BlockScaled, Checkpoint, TensorInfo, unquantized
 from alphaquant.errors import CheckpointError, PlanError
 from alphaquant.formats import Scheme, dequantize, parse_format
 from alphaquant.layouts.base import LAYOUTS, Layout
@@ -194,8 +194,10 @@ class QuantizedCheckpoint:
         return self.layout.read(module, self.checkpoint.read, scheme, shape)
 
 
-def open_source(path: str | Path) -> Checkpoint | QuantizedCheckpoint:
+def open_source(path: str | Path) -> Checkpoint | BlockScaled | QuantizedCheckpoint:
     """The tensors of a checkpoint directory, de-quantized where ``alphaquant/modules.json`` says they are quantized.
+
+    Without that table it is an original, whose weights may be FP8 with scales for blocks.
 
     Raises:
         CheckpointError: the checkpoint or its module table is malformed, or they disagree.
@@ -203,7 +205,7 @@ def open_source(path: str | Path) -> Checkpoint | QuantizedCheckpoint:
     checkpoint = Checkpoint.open(path)
     table = _read_table(checkpoint.path / MODULES_FILE)
     if table is None or table[0].name == "dense":  # a dense checkpoint's weights are plain tensors
-        return checkpoint
+        return unquantized(checkpoint)
     return QuantizedCheckpoint(checkpoint, *table)
 
 
@@ -269,4 +271,5 @@ def _malformed(path: Path, why: str) -> CheckpointError:
 
 if TYPE_CHECKING:
     _PLAIN: type[TensorSource] = Checkpoint
+    _BLOCKS: type[TensorSource] = BlockScaled
     _QUANTIZED: type[TensorSource] = QuantizedCheckpoint

@@ -6,6 +6,7 @@ which of them share an input, and what a plan may address.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -31,6 +32,8 @@ __all__ = [
     "Scoring",
     "Source",
 ]
+
+_LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
 
 
 class QKNorm(Enum):
@@ -196,7 +199,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Everything that the decoder needs to know of a model."""
+    """Everything that the decoder needs to know of a model.
+
+    `prediction_layers` may lie behind the last one in a checkpoint, for multi-token prediction: they go along unread.
+    """
 
     family: str
     architecture: str
@@ -209,6 +215,7 @@ class ModelSpec:
     tie_embeddings: bool
     dtype: torch.dtype
     renames: Mapping[str, str] = field(default_factory=dict)
+    prediction_layers: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -246,6 +253,11 @@ class ModelSpec:
             for parameter in self.parameters(layer):
                 names.update(self.tensor_names(layer, parameter))
         return names
+
+    def is_carried(self, name: str) -> bool:
+        """Whether a tensor is one of a layer for multi-token prediction."""
+        found = _LAYER.match(name)
+        return found is not None and 0 <= int(found[1]) - self.num_layers < self.prediction_layers
 
     def modules(self) -> Iterator[Module]:
         """Every module with a weight, as a plan sees it: checkpoint name, canonical alias, kind and shape."""

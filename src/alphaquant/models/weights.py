@@ -165,7 +165,7 @@ def check_tensors(source: TensorSource, spec: ModelSpec) -> None:
     found, expected = set(source.names()), spec.expected_tensors()
     if spec.tie_embeddings:
         found.discard("lm_head.weight")
-    unread = sorted(n for n in found - expected if not n.endswith(_KNOWN_BUFFERS))
+    unread = sorted(n for n in found - expected if not n.endswith(_KNOWN_BUFFERS) and not spec.is_carried(n))
     missing = sorted(expected - found)
     if missing:
         close = get_close_matches(missing[0], unread, 1)

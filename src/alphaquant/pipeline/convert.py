@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from alphaquant.formats import QuantizedTensor, Scheme
     from alphaquant.layouts import Layout
-    from alphaquant.models import ModelSpec
+    from alphaquant.models import ModelSpec, TensorSource
 
 __all__ = ["export_checkpoint", "pick_layout", "save_single_file", "shard_names", "shard_tensors"]
 
@@ -52,13 +52,14 @@ def pick_layout(
     return layout
 
 
-def shard_names(spec: ModelSpec) -> list[list[str]]:
-    """Logical tensor names of each shard: one a layer, then embedding, final norm and head."""
+def shard_names(spec: ModelSpec, source: TensorSource) -> list[list[str]]:
+    """Logical tensor names of each shard: one a layer, then embedding, final norm, head and what is carried over."""
     layers = [
         [name for parameter in spec.parameters(layer) for name in spec.tensor_names(layer, parameter)]
         for layer in range(spec.num_layers)
     ]
-    return [*layers, [f"{p.role}.{p.leaf}" for p in spec.outer_parameters()]]
+    carried = [name for name in source.names() if spec.is_carried(name)]
+    return [*layers, [*(f"{p.role}.{p.leaf}" for p in spec.outer_parameters()), *carried]]
 
 
 def shard_tensors(
@@ -98,7 +99,7 @@ def export_checkpoint(source: Path, out: Path, layout_name: str | None, *, overw
     layout = pick_layout(layout_name, spec, schemes, shapes)
     check_output(out, source, overwrite=overwrite)
     with RunDir.create(out, spec.num_layers + 1) as run:
-        for names in shard_names(spec):
+        for names in shard_names(spec, quantized):
             modules = [name.removesuffix(".weight") for name in names]
             codes = {m: quantized.read_quantized(m) for m in modules if m in quantized.modules}
             run.add_shard(shard_tensors(names, codes, layout, checkpoint.read))

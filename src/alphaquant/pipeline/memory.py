@@ -239,7 +239,7 @@ def export_held(
         return tensor.to(spec.dtype) if held.config is None else tensor
 
     with RunDir.create(out, spec.num_layers + 1) as run:
-        for index, names in enumerate(shard_names(spec)):
+        for index, names in enumerate(shard_names(spec, held.source)):
             run.add_shard(shard_tensors(names, modules, chosen, read))
             layer = index if index < spec.num_layers else None
             found = (modules.get(name.removesuffix(".weight")) for name in names)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alphaquant.calibration import TokenBatch, calibration_tokens, load_tokenizer, needs_tokenizer
-from alphaquant.checkpoint import Checkpoint
-from alphaquant.errors import CheckpointError
+from alphaquant.checkpoint import Checkpoint, unquantized
 from alphaquant.models import detect, logical
 from alphaquant.pipeline.balance import CANDIDATES, balanced, require_experts
 from alphaquant.pipeline.closing import changed_sessions, describe, peak_memory_bytes, plain, session
@@ -84,6 +83,13 @@ class Prepared:
         """For every module its scheme; None is left as it is."""
         return self.resolved.schemes
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of plan and checkpoint."""
+        carried = [name for name in self.source.names() if self.spec.is_carried(name)]
+        line = f"{len(carried)} tensors of layers for multi-token prediction go along unquantized"
+        return [*self.resolved.notes, *([line] if carried else [])]
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
@@ -101,12 +107,9 @@ def prepare(model: Path, plan: Plan) -> Prepared:
         CheckpointError, ConfigError, PlanError: what is wrong, before anything is computed.
     """
     checkpoint = Checkpoint.open(model)
-    if checkpoint.config.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{model} is quantized already", where="config.json, quantization_config", remedy="give the original model"
-        )
+    floats = unquantized(checkpoint)
     spec = detect(checkpoint.config, str(model / "config.json"))
-    source = logical(checkpoint, spec)
+    source = logical(floats, spec)
     return Prepared(checkpoint, source, spec, plan, resolve_plan(plan, spec))
 
 
@@ -231,7 +234,7 @@ def quantize_checkpoint(
                 *(tokens.warnings if tokens is not None else ()),
                 *changed_sessions(run.manifest.sessions),
             ],
-            "notes": list(prepared.resolved.notes),
+            "notes": prepared.notes,
             "seconds": {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
         }
         run.write_note("plan.json", json.loads(prepared.plan.to_json()))
@@ -245,8 +248,8 @@ def _quantize(job: _Job, run: RunDir, quantizer: LayerQuantizer, begin: float) -
 
     `begin` is when the run would have begun had it not been stopped in between.
     """
-    spec, clock = job.prepared.spec, quantizer.clock
-    names = shard_names(spec)
+    spec, source, clock = job.prepared.spec, job.prepared.source, quantizer.clock
+    names = shard_names(spec, source)
     records = [LayerRecord.from_dict(run.read_note(_record_name(spec, index))) for index in range(len(run.shards))]
     if len(records) == len(names):
         return records
@@ -254,7 +257,7 @@ def _quantize(job: _Job, run: RunDir, quantizer: LayerQuantizer, begin: float) -
     def commit(result: QuantizedLayer, streams: Mapping[str, Tensor]) -> None:
         index = len(run.shards)
         with clock("pack"):
-            tensors = shard_tensors(names[index], result.quantized, job.layout, job.prepared.source.read)
+            tensors = shard_tensors(names[index], result.quantized, job.layout, source.read)
         with clock("write"):
             run.write_note(_record_name(spec, index), result.record.to_dict())
             run.add_shard(tensors)
@@ -265,7 +268,7 @@ def _quantize(job: _Job, run: RunDir, quantizer: LayerQuantizer, begin: float) -
     ids_NL = None if job.tokens is None else job.tokens.ids
     walk = quantize_shards(
         quantizer,
-        job.prepared.source,
+        source,
         ids_NL,
         device=job.device,
         dtype=job.dtype,

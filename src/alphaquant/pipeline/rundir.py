@@ -191,7 +191,9 @@ class RunDir:
         """
         modules = {module.name: module for module in spec.modules()}
         config = {key: value for key, value in config.items() if key != "quantization_config"}
-        quantization = layout.quantization_config(schemes, {name: m.kind for name, m in modules.items()})
+        # named, so that no pattern for a layer's modules takes them for its own
+        carried = {name.removesuffix(".weight"): None for name in sorted(self.tensor_names) if spec.is_carried(name)}
+        quantization = layout.quantization_config({**schemes, **carried}, {name: m.kind for name, m in modules.items()})
         if quantization is None:
             config |= {"dtype": str(spec.dtype).removeprefix("torch.")}
         else:

@@ -34,12 +34,16 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 class Family(NamedTuple):
-    """A family: its coarse architecture name, how to read its layers, its native names, its default for theta."""
+    """A family: its coarse architecture name, how to read its layers, its native names, and defaults.
+
+    Those are theta, and how many layers for multi-token prediction may follow the last one.
+    """
 
     architecture: str
     layers: Callable[[ConfigReader], tuple[LayerSpec, ...]]
     renames: Mapping[str, str] = {}
     rope_theta: float = 10000.0
+    prediction_layers: int = 0
 
 
 def attention(

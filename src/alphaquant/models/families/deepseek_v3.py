@@ -26,4 +26,4 @@ def _layers(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
     return tuple(LayerSpec(heads, moe if is_routed else plain) for is_routed in deepseek_is_routed(cfg))
 
 
-DEEPSEEK_V3 = Family("deepseek", _layers, SHARED_EXPERTS)
+DEEPSEEK_V3 = Family("deepseek", _layers, SHARED_EXPERTS, prediction_layers=1)

@@ -80,4 +80,5 @@ def detect(config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
         tie_embeddings=cfg.flag("tie_word_embeddings", default=False),
         dtype=cfg.dtype(),
         renames=family.renames,
+        prediction_layers=cfg.count("num_nextn_predict_layers", cfg.count("num_mtp_layers", family.prediction_layers)),
     )
