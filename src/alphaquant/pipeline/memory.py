@@ -234,9 +234,12 @@ def export_held(
     chosen = pick_layout(layout, spec, schemes, shapes)
     check_output(out, original, overwrite=overwrite)
 
+    every = [(layer, p) for layer in range(spec.num_layers) for p in spec.parameters(layer)]
+    exact = {name for layer, p in every if p.dtype is not None for name in spec.tensor_names(layer, p)}
+
     def read(name: str) -> Tensor:
         tensor = held.source.read(name).cpu()
-        return tensor.to(spec.dtype) if held.config is None else tensor
+        return tensor.to(spec.dtype) if held.config is None and name not in exact else tensor
 
     with RunDir.create(out, spec.num_layers + 1) as run:
         for index, names in enumerate(shard_names(spec, held.source)):
