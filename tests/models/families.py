@@ -32,7 +32,10 @@ SIZES = {
 CLASSES = {
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "llama": "Llama",
+    "mistral": "Mistral",
     "mixtral": "Mixtral",
+    "olmoe": "Olmoe",
     "qwen2": "Qwen2",
     "qwen2_moe": "Qwen2Moe",
     "qwen3": "Qwen3",
@@ -66,6 +69,7 @@ YARN = {
 }
 V2 = LATENT | {"routed_scaling_factor": 1.5}
 V3 = LATENT | {"n_group": 4, "topk_group": 2}
+# a model under its family's own name for each of them, and variants
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": (
         "deepseek_v2",
@@ -85,6 +89,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v3-one-group": ("deepseek_v3", V3 | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "llama": ("llama", {}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "olmoe": ("olmoe", {"intermediate_size": 64, "num_experts": 6, "num_experts_per_tok": 2}),
     "mixtral": ("mixtral", MIXTRAL),
     "mixtral-window-top3": ("mixtral", MIXTRAL | {"sliding_window": 5, "num_experts_per_tok": 3, "head_dim": 12}),
     "qwen2_moe": ("qwen2_moe", QWEN | SHARED),
