@@ -32,6 +32,7 @@ SIZES = {
 CLASSES = {
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "glm4_moe": "Glm4Moe",
     "llama": "Llama",
     "mistral": "Mistral",
     "mixtral": "Mixtral",
@@ -69,6 +70,13 @@ YARN = {
 }
 V2 = LATENT | {"routed_scaling_factor": 1.5}
 V3 = LATENT | {"n_group": 4, "topk_group": 2}
+GLM = {
+    "head_dim": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+}
 # a model under its family's own name for each of them, and variants
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": (
@@ -89,6 +97,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "deepseek_v3-one-group": ("deepseek_v3", V3 | {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    "glm4_moe": ("glm4_moe", GLM | {"attention_bias": True, "routed_scaling_factor": 1.7}),
+    "glm4_moe-normed-quarter": (
+        "glm4_moe",
+        GLM
+        | {
+            "use_qk_norm": True,
+            "norm_topk_prob": False,
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.25},
+        },
+    ),
     "llama": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": 5}),
     "olmoe": ("olmoe", {"intermediate_size": 64, "num_experts": 6, "num_experts_per_tok": 2}),

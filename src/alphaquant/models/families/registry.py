@@ -10,6 +10,7 @@ from alphaquant.models.config import ConfigReader
 from alphaquant.models.families.deepseek import DEEPSEEK
 from alphaquant.models.families.deepseek_v2 import DEEPSEEK_V2
 from alphaquant.models.families.deepseek_v3 import DEEPSEEK_V3
+from alphaquant.models.families.glm4_moe import GLM4_MOE
 from alphaquant.models.families.llama import LLAMA
 from alphaquant.models.families.mistral import MISTRAL
 from alphaquant.models.families.mixtral import MIXTRAL
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
     "deepseek": DEEPSEEK,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
+    "glm4_moe": GLM4_MOE,
     "llama": LLAMA,
     "mistral": MISTRAL,
     "mixtral": MIXTRAL,
