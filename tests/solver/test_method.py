@@ -8,19 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaquant.formats import FORMATS, Scheme, dequantize, matrix_scale
+from alphaquant.formats import FORMATS, ScaleKind, Scheme, dequantize, matrix_scale, round_scale
 from alphaquant.solver import (
     Effort,
     Method,
     Outcome,
     Recipe,
+    Scales,
     Solution,
     absmax_scales,
+    better_rows,
     damp,
     factorize,
     hessian_loss,
     quantize_stack,
     refine,
+    refit_scales,
     round_to_nearest,
     search_scales,
     solve,
@@ -167,9 +170,19 @@ def test_well_fed_experts_go_through_the_steps_of_their_effort(scheme: Scheme, e
     damping = torch.full((2,), 0.1 * COLUMNS / ENOUGH)
     damped = damp(h, damping)
     scales = absmax_scales(w, scheme) if effort is Effort.FAST else search_scales(w, scheme)
-    expected = solve(w, factorize(h, damping), scheme, scales)
+    factor = factorize(h, damping)
+    expected = solve(w, factor, scheme, scales)
     if effort is not Effort.FAST:
-        rounds, sweeps = (1, 1) if effort is Effort.DEFAULT else (3, 2)
+        shifts, refits, rounds, sweeps = ((1,), 1, 2, 1) if effort is Effort.DEFAULT else ((1, -1), 3, 3, 2)
+        first = expected
+        for shift in shifts if scheme.format.scale is not ScaleKind.E8M0 else ():
+            scale = round_scale(scales.scale * (1 + shift * 0.6 / 2**scheme.format.bits), scheme)
+            expected = better_rows(expected, solve(w, factor, scheme, replace(scales, scale=scale)))
+        for _ in range(refits if scheme.format.scale is ScaleKind.MODEL else 0):
+            refitted = refit_scales(w, damped, expected.quantized)
+            again = Scales(refitted.scale, refitted.zero, refitted.global_scale)
+            expected = better_rows(expected, solve(w, factor, scheme, again))
+        assert (expected.loss_EO <= first.loss_EO).all()
         expected = refine(w, damped, expected, rounds=rounds, sweeps=sweeps)
     assert outcome.quantized.codes.equal(expected.quantized.codes)
     assert outcome.quantized.scale.equal(expected.quantized.scale)

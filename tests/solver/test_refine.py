@@ -208,7 +208,7 @@ def test_rows_that_cannot_gain_keep_their_codes_and_scales() -> None:
 
 def test_rows_that_got_worse_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[refine.__module__]
-    descend, refit = module._descend, module._refit_scales
+    descend, refit = module._descend, module.refit_scales
     bad = [0, 3]
 
     def spoil_codes(w: Tensor, h: Tensor, quantized: QuantizedTensor, backend: Backend) -> QuantizedTensor:
@@ -224,7 +224,7 @@ def test_rows_that_got_worse_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> 
         return replace(found, scale=scale)
 
     monkeypatch.setattr(module, "_descend", spoil_codes)
-    monkeypatch.setattr(module, "_refit_scales", spoil_scales)
+    monkeypatch.setattr(module, "refit_scales", spoil_scales)
     w, h = problem(2, 6, 64)
     for symmetric in (True, False):
         start = rounded(w, h, Scheme(FORMATS["int4"], 32, symmetric=symmetric))

@@ -2,7 +2,7 @@
 
 from alphaquant.solver.backend import Backend
 from alphaquant.solver.factor import Factor, damp, factorize
-from alphaquant.solver.gptq import Solution, solve
+from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.hessian import Evidence, EvidenceSum, HessianSum
 from alphaquant.solver.method import (
     WORKSPACE_WEIGHTS,
@@ -13,7 +13,7 @@ from alphaquant.solver.method import (
     experts_a_part,
     quantize_stack,
 )
-from alphaquant.solver.refine import refine
+from alphaquant.solver.refine import refine, refit_scales
 from alphaquant.solver.rtn import hessian_loss, round_to_nearest
 from alphaquant.solver.scales import Scales, absmax_scales, search_scales
 
@@ -31,12 +31,14 @@ __all__ = [
     "Scales",
     "Solution",
     "absmax_scales",
+    "better_rows",
     "damp",
     "experts_a_part",
     "factorize",
     "hessian_loss",
     "quantize_stack",
     "refine",
+    "refit_scales",
     "round_to_nearest",
     "search_scales",
     "solve",

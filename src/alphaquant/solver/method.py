@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alphaquant.formats import ScaleKind, matrix_scale
+from alphaquant.formats import ScaleKind, matrix_scale, round_scale
 from alphaquant.solver.backend import Backend
 from alphaquant.solver.factor import Factor, damp, factorize
 from alphaquant.solver.gptq import Solution, better_rows, solve
-from alphaquant.solver.refine import refine
+from alphaquant.solver.refine import refine, refit_scales
 from alphaquant.solver.rtn import hessian_loss, round_to_nearest
-from alphaquant.solver.scales import absmax_scales, search_scales
+from alphaquant.solver.scales import Scales, absmax_scales, search_scales
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,15 +39,36 @@ class Method(Enum):
 
 
 class Effort(Enum):
-    """How much is spent: absmax scales and the walk; scale search and one refinement; more refinement."""
+    """How much is spent: absmax scales and one walk; scale search, three walks and refinement; more of both."""
 
     FAST = "fast"
     DEFAULT = "default"
     BEST = "best"
 
 
-# rounds of (scale refit, sweeps of coordinate descent) after the walk
-_REFINEMENT = {Effort.FAST: (0, 0), Effort.DEFAULT: (1, 1), Effort.BEST: (3, 2)}
+@dataclass(frozen=True, slots=True)
+class _Spending:
+    """What an effort pays for beyond one walk.
+
+    Attributes:
+        shifts: more walks with all scales shifted so many times `_SHIFT / 2^bits`, relatively.
+        refits: more walks with the scales refitted to the best codes so far.
+        rounds: of refinement: scale refit, then sweeps.
+        sweeps: of coordinate descent in each round.
+    """
+
+    shifts: tuple[int, ...] = ()
+    refits: int = 0
+    rounds: int = 0
+    sweeps: int = 0
+
+
+_SPENDING = {
+    Effort.FAST: _Spending(),
+    Effort.DEFAULT: _Spending(shifts=(1,), refits=1, rounds=2, sweeps=1),
+    Effort.BEST: _Spending(shifts=(1, -1), refits=3, rounds=3, sweeps=2),
+}
+_SHIFT = 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,12 +222,37 @@ def _solve_rows(
         scales = search_scales(w_EOI, scheme, importance_EI, global_scale_E)
         # errors of correlated inputs add up: the search sees single columns, so it may lose to where it began
         return better_rows(rounded, round_to_nearest(w_EOI, scheme, scales, damped_EII))
-    scales = start if fast else search_scales(w_EOI, scheme, global_scale_E=global_scale_E)
-    solution = solve(w_EOI, factor, scheme, scales, recipe.block_size, recipe.backend)
-    rounds, sweeps = _REFINEMENT[recipe.effort]
-    if not rounds:
-        return solution
-    return refine(w_EOI, damped_EII, solution, rounds=rounds, sweeps=sweeps, backend=recipe.backend)
+    if fast:
+        return solve(w_EOI, factor, scheme, start, recipe.block_size, recipe.backend)
+    scales, spending = search_scales(w_EOI, scheme, global_scale_E=global_scale_E), _SPENDING[recipe.effort]
+    solution = _best_walk(w_EOI, damped_EII, factor, scheme, scales, recipe)
+    return refine(w_EOI, damped_EII, solution, rounds=spending.rounds, sweeps=spending.sweeps, backend=recipe.backend)
+
+
+def _best_walk(
+    w_EOI: Tensor, damped_EII: Tensor, factor: Factor, scheme: Scheme, scales: Scales, recipe: Recipe
+) -> Solution:
+    """Several walks, each row from the one that loses least.
+
+    What a walk rounds is spread wider than the weights, by the errors that were fed back; so no scale that is chosen
+    before it is the best one. Scales that are powers of two cannot be shifted by a little.
+    """
+    spending = _SPENDING[recipe.effort]
+
+    def walk(scales: Scales) -> Solution:
+        return solve(w_EOI, factor, scheme, scales, recipe.block_size, recipe.backend)
+
+    best = walk(scales)
+    if scheme.format.scale is ScaleKind.E8M0:
+        return best
+    for shift in spending.shifts:
+        factor_of = 1 + shift * _SHIFT / 2**scheme.format.bits
+        shifted = replace(scales, scale=round_scale(scales.scale * factor_of, scheme))
+        best = better_rows(best, walk(shifted))
+    for _ in range(spending.refits if scheme.format.scale is ScaleKind.MODEL else 0):
+        refitted = refit_scales(w_EOI, damped_EII, best.quantized)
+        best = better_rows(best, walk(Scales(refitted.scale, refitted.zero, refitted.global_scale)))
+    return best
 
 
 def _map(join: Callable[..., Tensor], parts: list[Outcome]) -> Outcome:

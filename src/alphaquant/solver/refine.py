@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from alphaquant.formats import QuantizedTensor, Scheme
 
-__all__ = ["refine"]
+__all__ = ["refine", "refit_scales"]
 
 _BLOCK = 32
 _KERNEL_BLOCK = 128
@@ -54,7 +54,7 @@ def refine(
     quantized = best.quantized
     for _ in range(rounds):
         if quantized.scheme.format.scale is ScaleKind.MODEL:
-            quantized = _refit_scales(w_EOI, h_EII, quantized)
+            quantized = refit_scales(w_EOI, h_EII, quantized)
         for _ in range(sweeps):
             quantized = _descend(w_EOI, h_EII, quantized, backend)
         best = better_rows(best, Solution(quantized, _loss(w_EOI, quantized, h_EII)))
@@ -101,7 +101,7 @@ def _descend(w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor, backend: 
     return replace(quantized, codes=codes)
 
 
-def _refit_scales(w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor) -> QuantizedTensor:
+def refit_scales(w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor) -> QuantizedTensor:
     """Group by group the scale of least loss for the codes as they are, rounded to its storage type."""
     scheme = quantized.scheme
     num_groups = quantized.scale.shape[-1]
