@@ -204,7 +204,8 @@ def print_quality(name: str, quality: Quality) -> None:
         out.print(
             f"original {agreement.original_perplexity:.4f} ({change:+.2f}%), "
             f"KL {agreement.kl:.5f} ± {agreement.kl_stderr:.5f} nats a token, "
-            f"same top-1 for {100 * agreement.top1_agreement:.2f}%",
+            f"same top-1 for {100 * agreement.top1_agreement:.2f}%"
+            + ("" if agreement.router is None else f", same experts for {100 * agreement.router:.2f}%"),
             soft_wrap=True,
         )
 

@@ -234,7 +234,9 @@ def test_eval(works, quantized, olmoe, other_text):
     assert facts["tokens"] == 7 * 31
     both = json.loads(works(*args, "--against", olmoe, "--json").out)
     expected = evaluate_checkpoint(quantized, data=str(other_text), seqlen=32, max_windows=7, against=olmoe)
-    assert set(both) == {*facts, "kl", "kl_stderr", "top1_agreement", "original_perplexity"}
+    assert set(both) == {*facts, "kl", "kl_stderr", "top1_agreement", "original_perplexity", "router_by_layer"}
+    assert both["router_by_layer"] == list(expected.agreement.router_by_layer)
+    assert "same experts for " in works(*args, "--against", olmoe).out
     assert both["perplexity"] == facts["perplexity"] == expected.perplexity
     assert both["kl"] == expected.agreement.kl
     shown = works(*args).out

@@ -13,7 +13,7 @@ from alphaquant.calibration import evaluation_windows, load_tokenizer
 from alphaquant.checkpoint import Checkpoint
 from alphaquant.errors import CalibrationError, CheckpointError, ConfigError, NumericsError
 from alphaquant.layouts import open_source
-from alphaquant.models import detect, load_decoder
+from alphaquant.models import detect, load_decoder, moe
 from alphaquant.pipeline import evaluate, evaluate_checkpoint, stream
 
 from . import tiny
@@ -80,6 +80,46 @@ def test_agreement_is_the_naive_one(pair, other_text):
     assert agreement.top1_agreement == pytest.approx(same, abs=0.005)
     assert agreement.original_perplexity == pytest.approx(evaluated(model, other_text).perplexity, rel=1e-9)
     assert 0.2 < agreement.top1_agreement < 0.999
+
+
+def routed(path, windows, monkeypatch):
+    """The experts of every token, layer by layer, as the model itself routes: lists of sets."""
+    found, route = [], moe.route
+
+    def spy(*args):
+        choice = route(*args)
+        found.append([set(row) for row in choice.topk_ids_TK.tolist()])
+        return choice
+
+    monkeypatch.setattr(moe, "route", spy)
+    source = open_source(path)
+    load_decoder(source, detect(source.config), torch.float32).logits(torch.tensor(windows))
+    monkeypatch.undo()
+    return found
+
+
+def test_router_agreement_is_the_naive_one(olmoe, tmp_path, text, other_text, monkeypatch):
+    out = tmp_path / "out"
+    tiny.quantize(olmoe, out, "int2:g32", text)
+    windows = naive_windows(olmoe, other_text)
+    ours, original = (routed(path, windows, monkeypatch) for path in (out, olmoe))
+    wanted = [
+        statistics.mean(len(a & b) / len(b) for a, b in zip(*layer, strict=True))
+        for layer in zip(ours, original, strict=True)
+    ]
+    agreement = evaluated(out, other_text, against=olmoe, dtype="fp32").agreement
+    assert agreement.router_by_layer == pytest.approx(wanted, abs=2e-3)
+    assert agreement.router == pytest.approx(statistics.mean(wanted), abs=2e-3)
+    assert 0.3 < agreement.router < 0.995
+
+
+def test_router_agreement_of_equal_and_of_dense_models(olmoe, llama, other_text, monkeypatch):
+    same = evaluated(olmoe, other_text, against=olmoe).agreement
+    assert set(same.router_by_layer) == {1.0}
+    dense = evaluated(llama, other_text, against=llama).agreement
+    assert (dense.router_by_layer, dense.router) == ((), None)
+    monkeypatch.setattr(evaluate, "_ROUTED_TOKENS", 5)  # less than a window: one is compared all the same
+    assert set(evaluated(olmoe, other_text, against=olmoe).agreement.router_by_layer) == {1.0}
 
 
 def test_a_model_agrees_with_itself(pair, other_text):

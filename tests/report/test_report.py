@@ -137,6 +137,7 @@ def write_run(out, *, layers=3, experts=8, dense_layers=1, calibrated=True, name
             "write": 30.116,
             "total": 849.2,
         },
+        "memory": {"tokenize": 900_000_000, "calibrate": 9_900_000_000, "solve": 10_100_000_000},
         "peak_memory_bytes": 11_274_289_152,
     }
     folder = out / "alphaquant"
@@ -340,6 +341,27 @@ def test_expert_map_marks_starved_and_dead(tmp_path):
     assert row == ["0", "8", "0.00", "3.00", "1", "1"]
 
 
+def test_router_agreement_is_drawn_layer_by_layer(tmp_path):
+    write_run(tmp_path)
+    page, _ = draw(tmp_path, [write_quality(tmp_path / "plain.json")])
+    assert "Router agreement" not in page.words
+    gptq = write_quality(tmp_path / "gptq.json", router_by_layer=[None, 0.98, 0.93])
+    page, text = draw(tmp_path, [gptq, write_quality(tmp_path / "rtn.json", router_by_layer=[None, 0.95, 0.85])])
+    assert "Router agreement" in page.words
+    assert [t for t in page.titles if "same experts" in t] == [
+        f"{name}, layer {layer}: same experts {share}%"
+        for name, shares in (("gptq", ("98.00", "93.00")), ("rtn", ("95.00", "85.00")))
+        for layer, share in enumerate(shares, 1)
+    ]
+    html = (tmp_path / "alphaquant" / "report.html").read_text()
+    drawing = html[html.index("<h3>Router agreement") :]
+    places = [float(y) for y in re.findall(r'<circle class="point c\d" cx="[\d.]+%" cy="([\d.]+)"', drawing)]
+    assert sorted(places) == [places[i] for i in (0, 2, 1, 3)]  # the higher the share, the higher up
+    assert len(re.findall(r'<line class="trace', drawing)) == 2
+    row = next(t for t in tables(text) if t[0][0] == "measured")[2]
+    assert row[8] == "95.50%"
+
+
 def test_experts_without_calibration_and_dense_models(tmp_path):
     write_run(tmp_path / "rtn", calibrated=False)
     page, text = draw(tmp_path / "rtn")
@@ -380,7 +402,12 @@ def test_phases_that_the_clock_missed_are_other(tmp_path):
     write_run(tmp_path, seconds={"read": 1.0, "solve": 3.0, "total": 5.0})
     page, text = draw(tmp_path)
     rows = next(t for t in tables(text) if t[0][0] == "phase")[2:]
-    assert rows == [["read", "1.0 s", "20.0%"], ["solve", "3.0 s", "60.0%"], ["other", "1.0 s", "20.0%"]]
+    assert rows == [
+        ["read", "1.0 s", "20.0%", ""],
+        ["solve", "3.0 s", "60.0%", "9.4 GiB"],
+        ["other", "1.0 s", "20.0%", ""],
+    ]
+    assert "3.0 s 60.0% 9.4 GiB" in page.words
     assert {"33.33%", "100.00%"} <= {value for name, value in page.attributes if name == "width"}
 
 

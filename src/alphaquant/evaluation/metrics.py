@@ -1,18 +1,22 @@
 """Quality of next-token predictions: perplexity with its standard error, and divergence from an original.
 
-Shapes: N windows, L positions, V vocabulary.
+Shapes: N windows, L positions, V vocabulary; T tokens, K experts of a token.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["Agreement", "Quality", "WindowScores", "score_windows"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Agreement", "Quality", "WindowScores", "router_agreement", "score_windows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +28,21 @@ class Agreement:
         kl_stderr: its standard error over windows.
         top1_agreement: share of tokens for which both predict the same next token.
         original_perplexity: of the original on the same windows.
+        router_by_layer: share of a token's experts that are also the original's, the mean over tokens; None in a dense
+            layer; empty where the models cannot be compared layer by layer.
     """
 
     kl: float
     kl_stderr: float
     top1_agreement: float
     original_perplexity: float
+    router_by_layer: tuple[float | None, ...] = ()
+
+    @property
+    def router(self) -> float | None:
+        """Mean of `router_by_layer` over the layers that route; None where there is none."""
+        found = [share for share in self.router_by_layer if share is not None]
+        return sum(found) / len(found) if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +73,7 @@ class WindowScores:
     kl: list[float] = field(default_factory=list)
     same: list[float] = field(default_factory=list)
 
-    def quality(self, predicted_per_window: int) -> Quality:
+    def quality(self, predicted_per_window: int, router_by_layer: tuple[float | None, ...] = ()) -> Quality:
         """The figures over all windows."""
         mean, stderr = _mean(self.loss)
         perplexity = math.exp(mean)
@@ -68,7 +81,7 @@ class WindowScores:
         if self.kl:
             kl, kl_stderr = _mean(self.kl)
             original = math.exp(_mean(self.original_loss)[0])
-            agreement = Agreement(kl, kl_stderr, _mean(self.same)[0], original)
+            agreement = Agreement(kl, kl_stderr, _mean(self.same)[0], original, router_by_layer)
         windows = len(self.loss)
         return Quality(perplexity, perplexity * stderr, windows * predicted_per_window, windows, agreement)
 
@@ -85,6 +98,17 @@ def score_windows(logits_NLV: Tensor, ids_NL: Tensor, original_NLV: Tensor | Non
     scores.original_loss += _nll(log_p, targets)
     scores.kl += F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean(-1).tolist()
     scores.same += (log_p.argmax(-1) == log_q.argmax(-1)).float().mean(-1).tolist()
+
+
+def router_agreement(chosen: Sequence[Tensor | None], original: Sequence[Tensor | None]) -> tuple[float | None, ...]:
+    """By layer the share of chosen experts `[T, K]` that the original chose, too; empty where shapes differ."""
+    shapes = [[None if ids is None else ids.shape for ids in model] for model in (chosen, original)]
+    if shapes[0] != shapes[1] or not any(shapes[0]):
+        return ()
+    return tuple(
+        None if a is None or b is None else float((a[:, :, None] == b[:, None, :]).any(-1).float().mean())
+        for a, b in zip(chosen, original, strict=True)
+    )
 
 
 def _nll(log_probs_NLV: Tensor, targets_NL: Tensor) -> list[float]:

@@ -11,13 +11,15 @@ from torch.nn import functional as F  # noqa: N812
 from alphaquant.calibration import evaluation_windows, is_tokenised, load_tokenizer
 from alphaquant.checkpoint import resolve_model
 from alphaquant.errors import CalibrationError, ConfigError, NumericsError
-from alphaquant.evaluation import Quality, WindowScores, score_windows
+from alphaquant.evaluation import Quality, WindowScores, router_agreement, score_windows
 from alphaquant.layouts import open_source
 from alphaquant.models import (
     Decoder,
     ModelSpec,
+    MoESpec,
     TensorSource,
     detect,
+    expert_choice,
     head_input,
     head_weight,
     load_decoder,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_checkpoint", "load"]
 
 _HEAD_TOKENS = 1024  # tokens whose logits are alive together
+_ROUTED_TOKENS = 1 << 16  # tokens whose experts are compared; their ids are kept for all layers
 _MAX_NATS = 500.0  # whose exponential is a number still; guessing among a million tokens is 14
 
 
@@ -101,7 +104,11 @@ def evaluate_checkpoint(
                 remedy="give as --against the model that was quantized",
             )
         models.append(original)
-    streams = [_final(*model, batch.ids, torch.device(device), dtype, progress) for model in models]
+    chosen: list[list[Tensor | None]] = [[] for _ in models]
+    streams = [
+        _final(*model, batch.ids, torch.device(device), dtype, progress, ids if against is not None else None)
+        for model, ids in zip(models, chosen, strict=True)
+    ]
     scores = WindowScores()
     size = max(1, _HEAD_TOKENS // seqlen)
     for start in range(0, len(batch.ids), size):
@@ -109,7 +116,8 @@ def evaluate_checkpoint(
         logits = [F.linear(x[cut], head) for x, head in streams]
         score_windows(logits[0], batch.ids[cut], logits[1] if against is not None else None, scores)
     _require_sane(scores, path)
-    return scores.quality(seqlen - 1)
+    router = router_agreement(*chosen) if against is not None else ()
+    return scores.quality(seqlen - 1, router)
 
 
 def _require_sane(scores: WindowScores, path: Path) -> None:
@@ -136,9 +144,15 @@ def _open(path: Path) -> tuple[TensorSource, ModelSpec]:
 
 @torch.no_grad()
 def _final(
-    source: TensorSource, spec: ModelSpec, ids_NL: Tensor, device: torch.device, dtype: str, progress: Progress
+    source: TensorSource,
+    spec: ModelSpec,
+    ids_NL: Tensor,
+    device: torch.device,
+    dtype: str,
+    progress: Progress,
+    chosen: list[Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What the head reads `[N, L, D]`, and the head `[V, D]`."""
+    """What the head reads `[N, L, D]`, and the head `[V, D]`; to `chosen` the experts `[T, K]` of each layer go."""
     work_dtype = compute_dtype(dtype, spec, device)
     outer: LayerWeights = read_outer(source, spec, work_dtype, device)
     x_NLD = embed(ids_NL, outer["model.embed_tokens.weight"])
@@ -146,7 +160,18 @@ def _final(
         progress("evaluate", layer, spec.num_layers, ids_NL.numel())
         weights = read_layer(source, spec, layer, work_dtype, device)
         attend(x_NLD, weights, spec, layer)
+        if chosen is not None:
+            chosen.append(_chosen(x_NLD, weights, spec, layer))
         feed(x_NLD, weights, spec, layer)
     for cut in chunks(*x_NLD.shape[:2]):
         x_NLD[cut] = head_input(x_NLD[cut], outer, spec)
     return x_NLD, head_weight(outer)
+
+
+def _chosen(x_NLD: Tensor, weights: LayerWeights, spec: ModelSpec, layer: int) -> Tensor | None:
+    """Experts `[T, K]` of the first tokens; None in a dense layer."""
+    if not isinstance(spec.layers[layer].mlp, MoESpec):
+        return None
+    first = x_NLD[: max(1, _ROUTED_TOKENS // x_NLD.shape[1])]
+    parts = (expert_choice(first[cut], weights, spec, layer) for cut in chunks(*first.shape[:2]))
+    return torch.cat([choice.topk_ids_TK.short() for choice in parts])

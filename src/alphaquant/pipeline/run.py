@@ -236,6 +236,7 @@ def quantize_checkpoint(
             ],
             "notes": prepared.notes,
             "seconds": {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
+            "memory": dict(clock.memory),
         }
         run.write_note("plan.json", json.loads(prepared.plan.to_json()))
         run.write_note("report.json", report)

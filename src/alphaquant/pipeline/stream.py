@@ -6,9 +6,11 @@ Shapes: N sequences, L positions, D hidden. The residual stream `x_NLD` stays in
 from __future__ import annotations
 
 import math
+import resource
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -42,10 +44,11 @@ def silent(phase: str, layer: int, num_layers: int, tokens: int = 0) -> None:
 
 
 class Clock:
-    """Seconds spent by phase."""
+    """Seconds spent by phase, and the main memory that the process held at the end of one, at most."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.memory: dict[str, int] = defaultdict(int)
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -55,6 +58,15 @@ class Clock:
             yield
         finally:
             self.seconds[phase] += time.perf_counter() - begin
+            self.memory[phase] = max(self.memory[phase], _resident_bytes())
+
+
+def _resident_bytes() -> int:
+    """Main memory that the process holds now; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def chunks(num_sequences: int, length: int) -> list[slice]:

@@ -39,15 +39,17 @@ def _place(value: float, low: float, high: float, *, is_log: bool) -> float:
     return min(100.0, max(0.0, 100 * (value - low) / (high - low)))
 
 
-def linear_axis(values: Iterable[float], *, start: float | None = None, count: int = 4) -> Axis:
-    """An axis around finite values, from `start` where that is given, with about `count` round ticks."""
+def linear_axis(
+    values: Iterable[float], *, start: float | None = None, stop: float | None = None, unit: str = "", count: int = 4
+) -> Axis:
+    """An axis around finite values, from `start` to `stop` where these are given, with about `count` round ticks."""
     finite = [v for v in values if math.isfinite(v)] or [0.0]
     low, high = min(finite), max(finite)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
-    low, high = low - margin if start is None else start, high + margin
+    low, high = low - margin if start is None else start, high + margin if stop is None else stop
     raw = (high - low) / count
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= raw)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw)
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     first = math.ceil(low / step)
     marks = [i * step for i in range(first, first + 3 * count) if i * step <= high]
@@ -55,7 +57,7 @@ def linear_axis(values: Iterable[float], *, start: float | None = None, count: i
         low,
         high,
         is_log=False,
-        ticks=tuple(Tick(_place(v, low, high, is_log=False), f"{v:,.{digits}f}") for v in marks),
+        ticks=tuple(Tick(_place(v, low, high, is_log=False), f"{v:,.{digits}f}{unit}") for v in marks),
     )
 
 

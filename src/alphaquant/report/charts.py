@@ -147,15 +147,16 @@ def remarks(report: RunReport, used: Experts | None, *, has_records: bool) -> li
 
 
 class Phase(NamedTuple):
-    """Seconds of a phase, their share of the whole, and their share of the longest phase."""
+    """Seconds of a phase, their share of the whole and of the longest phase, and bytes held at its end, if known."""
 
     name: str
     seconds: float
     share: float
     length: float
+    memory: int | None
 
 
-def phases(seconds: dict[str, float]) -> list[Phase]:
+def phases(seconds: dict[str, float], memory: dict[str, int]) -> list[Phase]:
     """In the order of the run; what the clock missed is `other`."""
     total = total_seconds(seconds)
     parts = {name: value for name, value in seconds.items() if name != "total"}
@@ -164,7 +165,13 @@ def phases(seconds: dict[str, float]) -> list[Phase]:
         parts["other"] = rest
     longest = max(parts.values(), default=0.0)
     return [
-        Phase(name, value, value / total if total else 0.0, value / longest if longest else 0.0)
+        Phase(
+            name,
+            value,
+            value / total if total else 0.0,
+            value / longest if longest else 0.0,
+            memory.get(name) or None,
+        )
         for name, value in parts.items()
     ]
 

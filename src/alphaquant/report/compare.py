@@ -109,6 +109,7 @@ def _figures(runs: Sequence[_Pair]) -> list[Line]:
         line("KL to the original, nats a token", quality("kl"), "{:.5f}".format),
         line("± (one standard error)", quality("kl_stderr"), "{:.5f}".format, 0),
         line("same top token", quality("top1_agreement"), "{:.2%}".format, -1),
+        line("same experts", quality("router"), "{:.2%}".format, -1),
         line("modules that fell back", lambda p: len(p[0].report.events), "{:,.0f}".format),
         line("starved experts", lambda p: _starved(p[0]), "{:,.0f}".format),
         line("time", lambda p: total_seconds(p[0].report.seconds) or None, duration),

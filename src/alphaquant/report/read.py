@@ -101,6 +101,8 @@ class RunReport(_Part):
     warnings: list[str] = []
     notes: list[str] = []
     seconds: dict[str, float] = {}
+    memory: dict[str, int] = {}
+    """By phase what the process held at its end, at most."""
     peak_memory_bytes: int | None = None
     engines: dict[str, list[str]] | None = None
     """For every engine what it would not take of this directory; None where that was not looked at."""
@@ -119,6 +121,13 @@ class Measured(_Part):
     kl_stderr: float | None = None
     top1_agreement: float | None = None
     original_perplexity: float | None = None
+    router_by_layer: list[float | None] = []
+
+    @property
+    def router(self) -> float | None:
+        """Share of the tokens' experts that are the original's, too: the mean over the layers that route."""
+        found = [share for share in self.router_by_layer if share is not None]
+        return sum(found) / len(found) if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from alphaquant.pipeline.quality import QUALITY
 from alphaquant.pipeline.rundir import FOLDER
 from alphaquant.report.charts import event_rows, phases, quality_chart, remarks, serve, total_seconds
 from alphaquant.report.compare import comparison
-from alphaquant.report.experts import expert_scatter, experts
+from alphaquant.report.experts import expert_scatter, experts, router_chart
 from alphaquant.report.maps import layer_maps
 from alphaquant.report.read import read_quality, read_run
 from alphaquant.report.text import FILTERS
@@ -89,7 +89,8 @@ def _context(run: Run, quality: list[QualityRow]) -> dict[str, Any]:
         "outer": [module for record in run.outer for module in record.modules],
         "experts": used,
         "scatter": expert_scatter(run.layers),
-        "phases": phases(seconds),
+        "routers": router_chart(quality),
+        "phases": phases(seconds, run.report.memory),
         "total_seconds": total_seconds(seconds),
         "reasons": reasons,
         "events": rows[:_MAX_EVENT_ROWS],
