@@ -22,7 +22,8 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-tasks: $(VENV)-tasks/.installed
-	OMP_NUM_THREADS=1 $(VENV)-tasks/bin/python -m pytest -p no:cacheprovider tests/pipeline/test_tasks.py
+	OMP_NUM_THREADS=1 $(VENV)-tasks/bin/python -m pytest -p no:cacheprovider tests/pipeline/test_tasks.py \
+		tests/test_documents.py::test_example_of_tasks
 
 soak: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from alphaquant.calibration import load_tokenizer
 from alphaquant.cli import app
+from alphaquant.pipeline import load
 from alphaquant.plan import Plan
 from pipeline import tiny
 
@@ -137,11 +143,66 @@ def test_readme_python_runs(quantized: Path, tmp_path: Path, monkeypatch: pytest
     assert table.keys() == names["quantizers"].keys()
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", [str(example), "--nsamples", "8"])
-    runpy.run_path(str(example), run_name="__main__")
+ENGINES = {"serve_vllm.py": "vllm", "evaluate_tasks.py": "lm_eval"}  # what an example needs beside alphaquant
+
+
+def run_example(name: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--nsamples", "8", *options])
+    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+
+@pytest.mark.parametrize("example", sorted(p.name for p in (ROOT / "examples").glob("*.py") if p.name not in ENGINES))
+def test_examples_run(example: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run_example(example, monkeypatch)
     assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: `make test-tasks` runs this")
+@pytest.mark.filterwarnings("ignore")
+def test_example_of_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    run_example("evaluate_tasks.py", monkeypatch)
+    found = re.findall(r"^(.*): next_word acc (\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _ in found] == ["original", "int3:g64"]
+    assert float(found[0][1]) > 0.5
+
+
+def test_example_of_serving(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for vLLM that reads the directory by our own decoder."""
+
+    class Engine:
+        def __init__(self, model: str, **options: object) -> None:
+            assert options["tensor_parallel_size"] == 1
+            self.decoder, self.tokenizer = load(model), load_tokenizer(Path(model))
+
+        def generate(self, prompts: list[str], params: SimpleNamespace) -> list[SimpleNamespace]:
+            answers = []
+            for prompt in prompts:
+                ids = self.tokenizer.encode(prompt)
+                new = self.decoder.generate(torch.tensor([ids]), params.max_tokens)[0, len(ids) :]
+                answers.append(SimpleNamespace(outputs=[SimpleNamespace(text=self.tokenizer.decode(new.tolist()))]))
+            return answers
+
+    stand_in = SimpleNamespace(LLM=Engine, SamplingParams=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    run_example("serve_vllm.py", monkeypatch, "--out", str(tmp_path / "out"))
+    said = capsys.readouterr().out
+    assert said.startswith("The state of the Union is")
+    assert len(said.split()) > 10
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"]
+
+
+def test_example_of_the_shell(tmp_path: Path) -> None:
+    few = ["--calib", "bundled", "--nsamples", "2", "--seqlen", "64", "--quiet"]  # the later --nsamples wins
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "src")}
+    command = ["bash", str(ROOT / "run_gptq_example.sh"), str(MODEL), *few]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["quantized.pt"]
+    assert torch.load(tmp_path / "quantized.pt", weights_only=True)
 
 
 def test_moe_example_runs_on_a_model_of_transformers(
