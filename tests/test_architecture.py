@@ -23,7 +23,7 @@ ORDER = (
     ("terminal",),
     ("demo",),
     ("",),
-    ("report",),
+    ("report", "allocation"),
     ("gptq",),
     ("pipeline",),
     ("evaluation", "calibration"),
@@ -49,7 +49,7 @@ ONLY = {
     "numerics": set(),
 }
 # Slow or optional packages: never imported by importing alphaquant.
-LAZY = {"datasets", "huggingface_hub", "lm_eval", "matplotlib", "transformers", "triton"}
+LAZY = {"datasets", "huggingface_hub", "lm_eval", "matplotlib", "scipy", "transformers", "triton"}
 # Modules of ours that need such a package whole: they import it, and are imported like it.
 LAZY_MODULES = {"alphaquant.solver.kernels"}
 
@@ -222,6 +222,17 @@ def test_models_and_solver_do_not_know_each_other(trees):
 
 def test_no_import_cycles(trees):
     assert cycle(trees) is None
+
+
+def test_the_allocator_s_solver_knows_no_tensors(trees):
+    for name in ("solve", "problem", "simple", "table"):
+        run = {i.target for i in imports_of("", trees[f"alphaquant.allocation.{name}"]) if not i.is_typing}
+        foreign = {target for target in run if target.startswith(("torch", "alphaquant."))}
+        assert {".".join(target.split(".")[1:3]) for target in foreign} <= {
+            "allocation.solve",
+            "errors.AlphaQuantError",
+            "errors.PlanError",
+        }
 
 
 def test_importing_does_nothing(trees):

@@ -10,8 +10,9 @@ import typer
 from alphaquant import __version__
 from alphaquant.cli.demo import demo
 from alphaquant.cli.evaluate import evaluate
-from alphaquant.cli.model import inspect, plan
+from alphaquant.cli.model import inspect
 from alphaquant.cli.outputs import export, report, status
+from alphaquant.cli.plan import plan
 from alphaquant.cli.quantize import quantize
 from alphaquant.cli.usage import USAGE_ERROR, usage_error
 from alphaquant.errors import AlphaQuantError

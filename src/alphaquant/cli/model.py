@@ -14,27 +14,21 @@ from alphaquant.cli.options import (
     DeviceOpt,
     DType,
     DTypeOpt,
-    EngineOpt,
-    Format,
-    GpuOpt,
     JsonOpt,
-    LegalizeOpt,
     ModelArg,
     OverwriteOpt,
     QuietOpt,
     SchemeOpt,
-    TpOpt,
     check_single_file,
     plan_from,
     print_json,
-    serving_from,
 )
 from alphaquant.errors import ConfigError
 from alphaquant.models import MoESpec
-from alphaquant.pipeline import Calibration, Prepared, RoutingReport, measure_routing, plan_sizes, prepare, torch_device
-from alphaquant.terminal import out, print_notes, print_routing, print_sizes, print_violations, progress_bar
+from alphaquant.pipeline import Calibration, RoutingReport, measure_routing, plan_sizes, prepare, torch_device
+from alphaquant.terminal import out, print_notes, print_routing, print_sizes, progress_bar
 
-__all__ = ["inspect", "plan"]
+__all__ = ["inspect"]
 
 
 def inspect(
@@ -130,54 +124,3 @@ def _show_routing(report: RoutingReport, target: Path | None, *, as_json: bool) 
         return
     print_routing(report)
     out.print(f"written to {target}", soft_wrap=True)
-
-
-def plan(
-    model: ModelArg,
-    *,
-    config: ConfigOpt = None,
-    scheme: SchemeOpt = None,
-    explain: Annotated[str | None, typer.Option(help="Show which rules bear on this module.")] = None,
-    engine: EngineOpt = None,
-    tp: TpOpt = 1,
-    gpu: GpuOpt = None,
-    legalize: LegalizeOpt = False,
-    layout: Annotated[Format, typer.Option("--format", help="Layout to hold against the engine.")] = Format.AUTO,
-    as_json: JsonOpt = False,
-) -> None:
-    """Resolve a plan on a model: which module gets which format, and why.
-
-    With --engine it lists what the engine would not take, and ends with code 2 where there is something.
-    """
-    prepared = prepare(resolve_model(model), plan_from(config, scheme))
-    serving = serving_from(engine, tp, gpu, legalize=legalize)
-    changes: tuple[str, ...] = ()
-    if serving is not None and legalize:
-        prepared, changes = serving.legalized(prepared)
-    if explain is not None:
-        _explain(prepared, explain, as_json=as_json)
-        return
-    violations = (
-        [] if serving is None else serving.violations(prepared, None if layout is Format.AUTO else layout.value)
-    )
-    table = {name: None if s is None else str(s) for name, s in prepared.schemes.items()}
-    if as_json:
-        found = [{"module": v.module, "modules": v.num_modules, "rule": v.rule, "remedy": v.remedy} for v in violations]
-        print_json(table if serving is None else {"schemes": table, "violations": found, "legalized": changes})
-    else:
-        print_sizes(plan_sizes(prepared))
-        print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
-        if engine is not None:
-            print_violations(engine.value, violations)
-    if violations:
-        raise typer.Exit(2)
-
-
-def _explain(prepared: Prepared, name: str, *, as_json: bool) -> None:
-    explanation = prepared.resolved.explain(name)
-    if as_json:
-        steps = [{"rule": s.rule, "pattern": s.pattern, "sets": dict(s.keys)} for s in explanation.steps]
-        found = None if explanation.scheme is None else str(explanation.scheme)
-        print_json({"module": explanation.module.name, "scheme": found, "steps": steps})
-    else:
-        out.print(str(explanation), soft_wrap=True)

@@ -17,6 +17,7 @@ from alphaquant.pipeline import Serving, check_writable
 from alphaquant.plan import Plan
 
 __all__ = [
+    "CalibOpt",
     "ConfigOpt",
     "DType",
     "DTypeOpt",
@@ -30,7 +31,9 @@ __all__ = [
     "ModelArg",
     "OverwriteOpt",
     "QuietOpt",
+    "SamplesOpt",
     "SchemeOpt",
+    "SeqlenOpt",
     "TpOpt",
     "check_single_file",
     "plan_from",
@@ -82,6 +85,12 @@ GpuOpt = Annotated[
 LegalizeOpt = Annotated[
     bool, typer.Option("--legalize", help="With --engine: raise what must share a format to the best of theirs.")
 ]
+CalibOpt = Annotated[
+    str | None,
+    typer.Option(help="wikitext2, c4, bundled, a text, JSONL or token file, or A:0.4,B:0.6.", show_default="wikitext2"),
+]
+SamplesOpt = Annotated[int, typer.Option("--nsamples", min=1, help="Calibration windows.")]
+SeqlenOpt = Annotated[int, typer.Option("--seqlen", min=1, help="Tokens in a window.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it holds something.")]

@@ -10,8 +10,11 @@ from typing import Annotated
 
 import typer
 
+from alphaquant.allocation import Means
 from alphaquant.checkpoint import resolve_model
+from alphaquant.cli.allocation import BitsOpt, FormatsOpt, SizeOpt, TableOpt, base_plan, refuse_with, wish_from
 from alphaquant.cli.options import (
+    CalibOpt,
     ConfigOpt,
     DeviceOpt,
     DType,
@@ -24,10 +27,11 @@ from alphaquant.cli.options import (
     ModelArg,
     OverwriteOpt,
     QuietOpt,
+    SamplesOpt,
     SchemeOpt,
+    SeqlenOpt,
     TpOpt,
     check_single_file,
-    plan_from,
     print_json,
     serving_from,
 )
@@ -56,16 +60,15 @@ def quantize(
     save: Annotated[Path | None, typer.Option(help="Also, or instead, write one .pt file of tensors.")] = None,
     config: ConfigOpt = None,
     scheme: SchemeOpt = None,
+    bits: BitsOpt = None,
+    size: SizeOpt = None,
+    formats: FormatsOpt = None,
+    table: TableOpt = None,
     method: Annotated[Method, typer.Option(help="GPTQ, or round to nearest.")] = Method.GPTQ,
     effort: Annotated[Effort, typer.Option(help="Spent on scales and refinement.")] = Effort.DEFAULT,
-    calib: Annotated[
-        str | None,
-        typer.Option(
-            help="wikitext2, c4, bundled, a text, JSONL or token file, or A:0.4,B:0.6.", show_default="wikitext2"
-        ),
-    ] = None,
-    nsamples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 2048,
+    calib: CalibOpt = None,
+    nsamples: SamplesOpt = 128,
+    seqlen: SeqlenOpt = 2048,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws the windows.")] = 0,
     balance: Annotated[
         bool, typer.Option("--balance", help="Draw more windows; keep those that reach the least-used experts.")
@@ -92,37 +95,43 @@ def quantize(
 ) -> None:
     """Quantize a checkpoint into a directory that engines load.
 
-    Plan by --config FILE or --scheme S. GPTQ calibrates on --calib; --method rtn does without it unless it is given.
+    Plan by --config FILE or --scheme S, or found for --bits or --size as `plan` finds it. GPTQ calibrates on --calib;
+    --method rtn does without it unless it is given.
     A run that was stopped goes on when the same command is given again; `alphaquant status OUT` tells where it is.
     """
     if output is None and save is None:
         raise OutputError("there is nothing to write to", remedy="give -o DIR, or --save FILE.pt, or both")
-    prepared = prepare(resolve_model(model), plan_from(config, scheme))
+    wish = wish_from(bits, size, None, formats=formats, floors=None, ceilings=None, table=table, seed=seed)
+    refuse_with(wish, {"--scheme": scheme is not None, "--legalize": legalize, "--dry-run": dry_run})
+    prepared = prepare(resolve_model(model), base_plan(wish, config, scheme))
     serving = serving_from(engine, tp, gpu, legalize=legalize)
-    changes: tuple[str, ...] = ()
-    if serving is not None and legalize:
-        prepared, changes = serving.legalized(prepared)
-    print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
     target = _output_directory(output, save, prepared, overwrite=overwrite)
     layout_name = None if layout is Format.AUTO else layout.value
+    run_device = torch_device(device)
+    recipe = Recipe(method=method, effort=effort, routing_power=routing_weight, backend=kernels)
+    calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed, balance)
+    changes: tuple[str, ...] = ()
+    if wish is not None:
+        with progress_bar("planning", quiet=quiet or as_json) as progress:
+            means = Means(calibration, recipe, run_device, dtype.value, seed, progress)
+            found = wish.proposal(prepared, serving, layout_name, means)
+        prepared, changes = found.prepared, found.notes
+    elif serving is not None and legalize:
+        prepared, changes = serving.legalized(prepared)
+    print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
     if serving is not None:
         layout_name = serving.layout(prepared, layout_name)
-    run_device = torch_device(device)
     if dry_run:
         planned_layout(prepared, layout_name)
         sizes = plan_sizes(prepared)
         print_json([asdict(s) for s in sizes]) if as_json else print_sizes(sizes)
         return
-    if method is Method.RTN and calib is None:
-        calibration = None
-    else:
-        calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed, balance)
     with progress_bar("quantizing", quiet=quiet or as_json) as progress:
         result = quantize_checkpoint(
             prepared,
             target,
-            recipe=Recipe(method=method, effort=effort, routing_power=routing_weight, backend=kernels),
-            calibration=calibration,
+            recipe=recipe,
+            calibration=None if method is Method.RTN and calib is None else calibration,
             layout=layout_name,
             device=run_device,
             dtype=dtype.value,

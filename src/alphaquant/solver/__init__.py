@@ -10,6 +10,7 @@ from alphaquant.solver.method import (
     Method,
     Outcome,
     Recipe,
+    damping_by_evidence,
     experts_a_part,
     quantize_stack,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "absmax_scales",
     "better_rows",
     "damp",
+    "damping_by_evidence",
     "experts_a_part",
     "factorize",
     "hessian_loss",

@@ -26,7 +26,16 @@ if TYPE_CHECKING:
 
     from alphaquant.formats import QuantizedTensor, Scheme
 
-__all__ = ["WORKSPACE_WEIGHTS", "Effort", "Method", "Outcome", "Recipe", "experts_a_part", "quantize_stack"]
+__all__ = [
+    "WORKSPACE_WEIGHTS",
+    "Effort",
+    "Method",
+    "Outcome",
+    "Recipe",
+    "damping_by_evidence",
+    "experts_a_part",
+    "quantize_stack",
+]
 
 WORKSPACE_WEIGHTS = 1 << 24  # weights solved at a time; about ten fp32 copies of them are alive
 
@@ -156,14 +165,14 @@ def quantize_stack(
                 continue
             index = experts.to(w_EOI.device)
             h_part = None if h_EII is None else h_EII[index]
-            damping_E = None if effective_E is None else _damping(effective_E[experts], in_features, recipe)
+            damping_E = None if effective_E is None else damping_by_evidence(effective_E[experts], in_features, recipe)
             part = _quantize_part(w_EOI[index], h_part, damping_E, scheme, recipe, workspace, rounded=is_rounded)
             parts.append(replace(part, fallback_E=fallback_E[experts]))
             order.append(experts)
     return _map(lambda *x: torch.cat(x)[torch.cat(order).argsort().to(x[0].device)], parts)
 
 
-def _damping(effective_E: Tensor, in_features: int, recipe: Recipe) -> Tensor:
+def damping_by_evidence(effective_E: Tensor, in_features: int, recipe: Recipe) -> Tensor:
     """Damping by evidence: the fewer samples an input has, the less its correlations are trusted."""
     return (recipe.damping_evidence * in_features / effective_E.clamp_min(1)).clamp_min(recipe.damping).float()
 

@@ -1,0 +1,23 @@
+"""Bits by budget: an error table, a solver under an engine's rules, and the plan that they make."""
+
+from alphaquant.allocation.budget import Budget, parse_size
+from alphaquant.allocation.candidates import Candidate, parse_candidates
+from alphaquant.allocation.estimate import Means, Strategy, error_table
+from alphaquant.allocation.problem import Assignment
+from alphaquant.allocation.propose import Limits, Proposer
+from alphaquant.allocation.table import ErrorTable, Row
+
+__all__ = [
+    "Assignment",
+    "Budget",
+    "Candidate",
+    "ErrorTable",
+    "Limits",
+    "Means",
+    "Proposer",
+    "Row",
+    "Strategy",
+    "error_table",
+    "parse_candidates",
+    "parse_size",
+]

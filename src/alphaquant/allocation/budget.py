@@ -1,0 +1,83 @@
+"""What a plan may take: bits a weight, or bytes of the whole model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from alphaquant.allocation.costs import subjects
+from alphaquant.errors import PlanError
+
+if TYPE_CHECKING:
+    from alphaquant.pipeline import Prepared
+
+__all__ = ["Budget", "parse_size"]
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}B": 1000**n for n, p in enumerate("kMGT", 1)},
+    **{f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)},
+}
+_LARGEST = 16.0
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What the plan may take: average stored bits of the weights that can be quantized, or bytes of all tensors."""
+
+    bits: float | None = None
+    size: int | None = None
+
+    def total(self, prepared: Prepared) -> int:
+        """Bits for all subjects together.
+
+        Raises:
+            PlanError: it is above what the unquantized model takes, or the rest of the model alone takes more.
+        """
+        weights = sum(m.out_features * m.in_features for m in subjects(prepared))
+        if self.bits is not None:
+            if not 0 < self.bits <= _LARGEST:
+                what = f"--bits {self.bits:g} is no budget: bf16 takes {_LARGEST:g}"
+                raise PlanError(
+                    what, where="--bits", remedy="give a number between those of the narrowest format and 16"
+                )
+            return int(self.bits * weights)
+        assert self.size is not None
+        rest = _rest_bits(prepared)
+        whole = 8 * prepared.checkpoint.total_bytes
+        if 8 * self.size > whole:
+            what = f"--size is {self.size:,} bytes, and the model has no more than {whole // 8:,}"
+            raise PlanError(what, where="--size", remedy="give less, or keep the model as it is")
+        if 8 * self.size <= rest:
+            what = f"--size is {self.size:,} bytes, and what stays unquantized takes {rest // 8:,} already"
+            raise PlanError(what, where="--size", remedy="give more, or quantize lm_head by --config")
+        return 8 * self.size - rest
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `4GiB`, `3.5GB` or `800MB`.
+
+    Raises:
+        PlanError: it is none.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]?i?B?)", text)
+    unit = None if found is None else _UNITS.get(found[2])
+    if found is None or unit is None:
+        raise PlanError(f"{text!r} is no size", where="--size", remedy="give one such as 4GiB, 3.5GB or 800MiB")
+    return int(float(found[1]) * unit)
+
+
+def _rest_bits(prepared: Prepared) -> int:
+    """Bits of all that is no subject: as stored, or as `--config` quantizes it."""
+    counted = {module.name for module in subjects(prepared)}
+    total = 8 * prepared.checkpoint.total_bytes
+    for module in prepared.spec.modules():
+        stored = 8 * prepared.source.info(f"{module.name}.weight").num_bytes
+        scheme, size = prepared.schemes[module.name], module.out_features * module.in_features
+        if module.name in counted:
+            total -= stored
+        elif scheme is not None:
+            total -= stored - round(scheme.bits_per_weight(module.out_features, module.in_features) * size)
+    return total

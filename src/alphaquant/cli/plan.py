@@ -1,0 +1,133 @@
+"""The verb that resolves plans, and finds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from alphaquant.allocation import Means
+from alphaquant.checkpoint import resolve_model, write_text
+from alphaquant.cli.allocation import (
+    BitsOpt,
+    CeilingOpt,
+    FloorOpt,
+    FormatsOpt,
+    Proposal,
+    SizeOpt,
+    StrategyOpt,
+    TableOpt,
+    base_plan,
+    refuse_with,
+    wish_from,
+)
+from alphaquant.cli.options import (
+    CalibOpt,
+    ConfigOpt,
+    DeviceOpt,
+    DType,
+    DTypeOpt,
+    EngineOpt,
+    Format,
+    GpuOpt,
+    JsonOpt,
+    LegalizeOpt,
+    ModelArg,
+    OverwriteOpt,
+    QuietOpt,
+    SamplesOpt,
+    SchemeOpt,
+    SeqlenOpt,
+    TpOpt,
+    check_single_file,
+    print_json,
+    serving_from,
+)
+from alphaquant.pipeline import Calibration, Prepared, plan_sizes, prepare, torch_device
+from alphaquant.solver import Recipe
+from alphaquant.terminal import out, print_notes, print_sizes, print_violations, progress_bar
+
+__all__ = ["plan"]
+
+
+def plan(
+    model: ModelArg,
+    *,
+    config: ConfigOpt = None,
+    scheme: SchemeOpt = None,
+    bits: BitsOpt = None,
+    size: SizeOpt = None,
+    method: StrategyOpt = None,
+    formats: FormatsOpt = None,
+    floor: FloorOpt = None,
+    ceiling: CeilingOpt = None,
+    table: TableOpt = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws calibration windows, and random plans.")] = 0,
+    calib: CalibOpt = None,
+    nsamples: SamplesOpt = 128,
+    seqlen: SeqlenOpt = 2048,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan to this file.")] = None,
+    explain: Annotated[str | None, typer.Option(help="Show which rules bear on this module.")] = None,
+    engine: EngineOpt = None,
+    tp: TpOpt = 1,
+    gpu: GpuOpt = None,
+    legalize: LegalizeOpt = False,
+    layout: Annotated[Format, typer.Option("--format", help="Layout to hold against the engine.")] = Format.AUTO,
+    device: DeviceOpt = "auto",
+    dtype: DTypeOpt = DType.AUTO,
+    overwrite: OverwriteOpt = False,
+    quiet: QuietOpt = False,
+    as_json: JsonOpt = False,
+) -> None:
+    """Resolve a plan on a model: which module gets which format, and why; or find one for --bits or --size.
+
+    With --engine it lists what the engine would not take, and ends with code 2 where there is something; what it finds
+    the engine takes. --config then decides the modules that its overrides name.
+    """
+    wish = wish_from(bits, size, method, formats=formats, floors=floor, ceilings=ceiling, table=table, seed=seed)
+    refuse_with(wish, {"--scheme": scheme is not None, "--legalize": legalize})
+    if output is not None:
+        check_single_file(output, overwrite=overwrite)
+    prepared = prepare(resolve_model(model), base_plan(wish, config, scheme))
+    serving = serving_from(engine, tp, gpu, legalize=legalize)
+    changes: tuple[str, ...] = ()
+    layout_name = None if layout is Format.AUTO else layout.value
+    proposal: Proposal | None = None
+    if wish is not None:
+        with progress_bar("planning", quiet=quiet or as_json) as progress:
+            calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed)
+            means = Means(calibration, Recipe(), torch_device(device), dtype.value, seed, progress)
+            proposal = wish.proposal(prepared, serving, layout_name, means)
+        prepared, changes = proposal.prepared, proposal.notes
+    elif serving is not None and legalize:
+        prepared, changes = serving.legalized(prepared)
+    if output is not None:
+        write_text(output, prepared.plan.to_json())
+    if explain is not None:
+        _explain(prepared, explain, as_json=as_json)
+        return
+    violations = [] if serving is None else serving.violations(prepared, layout_name)
+    if as_json:
+        schemes = {name: None if s is None else str(s) for name, s in prepared.schemes.items()}
+        found = [{"module": v.module, "modules": v.num_modules, "rule": v.rule, "remedy": v.remedy} for v in violations]
+        facts: dict[str, Any] = {} if serving is None else {"violations": found, "legalized": changes}
+        facts |= {} if proposal is None else {"proposal": proposal.facts}
+        print_json({"schemes": schemes, **facts} if facts else schemes)
+    else:
+        print_sizes(plan_sizes(prepared))
+        print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
+        if engine is not None:
+            print_violations(engine.value, violations)
+    if violations:
+        raise typer.Exit(2)
+
+
+def _explain(prepared: Prepared, name: str, *, as_json: bool) -> None:
+    explanation = prepared.resolved.explain(name)
+    if as_json:
+        steps = [{"rule": s.rule, "pattern": s.pattern, "sets": dict(s.keys)} for s in explanation.steps]
+        found = None if explanation.scheme is None else str(explanation.scheme)
+        print_json({"module": explanation.module.name, "scheme": found, "steps": steps})
+    else:
+        out.print(str(explanation), soft_wrap=True)
