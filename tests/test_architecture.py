@@ -23,6 +23,7 @@ ORDER = (
     ("terminal",),
     ("demo",),
     ("",),
+    ("api",),
     ("report", "allocation"),
     ("gptq",),
     ("pipeline",),

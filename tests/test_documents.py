@@ -129,9 +129,11 @@ def test_readme_python_runs(quantized: Path, tmp_path: Path, monkeypatch: pytest
     for name, target in {"OUT": quantized, "MODEL": MODEL}.items():
         (tmp_path / name).symlink_to(target)
     monkeypatch.chdir(tmp_path)
-    loaded, in_memory = blocks("python")
+    from_disk, in_memory = blocks("python")
     names = {"prompt_ids": torch.tensor([[5, 6, 7]])}
-    exec(loaded, names)
+    exec(from_disk, names)
+    assert 1 < names["quality"].perplexity / names["quality"].agreement.original_perplexity < 1.1
+    assert names["html"].is_file()
     assert names["ids"].shape == (1, 67)
     assert names["logits"].shape == (1, 67, 2048)
     names = {"dataloader": [torch.arange(512).view(8, 64)]}

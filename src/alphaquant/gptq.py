@@ -43,7 +43,6 @@ __all__ = [
     "rtn_quantize_model",
 ]
 
-_DTYPES = ("auto", "bf16", "fp16", "fp32")
 _PLAN_KEYS = {"default", "overrides", "comment", "$schema"}
 
 
@@ -158,7 +157,7 @@ def export(
     original: str | Path | None = None,
     layout: str | None = None,
     overwrite: bool = False,
-) -> None:
+) -> int:
     """Write a model that was quantized in memory as a checkpoint directory that engines load.
 
     Args:
@@ -170,11 +169,14 @@ def export(
         layout: `compressed-tensors`, `humming` or `dense`; None for the most widely served one.
         overwrite: replace `out` if it holds something.
 
+    Returns:
+        Bytes of the weights that were written.
+
     Raises:
         AlphaQuantError: what is wrong; nothing is left on disk.
     """
     beside = None if original is None else Path(original)
-    export_held(hold(model), quantizers, Path(out), original=beside, layout=layout, overwrite=overwrite)
+    return export_held(hold(model), quantizers, Path(out), original=beside, layout=layout, overwrite=overwrite)
 
 
 def _config(given: GPTQConfig | None) -> GPTQConfig:
@@ -194,12 +196,10 @@ def _quantize(
 ) -> dict[str, QuantizedModule]:
     """All checks, then the work."""
     run_device = torch_device(device)
-    if dtype not in _DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}", remedy=f"give one of {', '.join(_DTYPES)}")
     held = hold(model)
     spec = held.spec
     work_dtype = compute_dtype(dtype, spec, run_device)
-    schemes = resolve_plan(_plan(layer_config, spec), spec).schemes
+    schemes = resolve_plan(as_plan(layer_config, spec), spec).schemes
     ids_NL = None
     if dataloader is not None or recipe.method is Method.GPTQ:
         loader = () if dataloader is None else dataloader
@@ -207,8 +207,12 @@ def _quantize(
     return quantize_held(held, schemes, recipe, ids_NL, device=run_device, dtype=work_dtype, progress=progress)
 
 
-def _plan(given: Mapping[str, Any] | Plan | str | Path, spec: ModelSpec) -> Plan:
-    """The plan that a `layer_config` stands for.
+def as_plan(
+    given: Mapping[str, Any] | Plan | str | Path, spec: ModelSpec | None = None, name: str = "layer_config"
+) -> Plan:
+    """The plan that an object, a mapping, a file or shorthand stands for; for a known model also a table of modules.
+
+    `name` is what the caller calls it, for messages.
 
     Raises:
         PlanError: it is none, or names modules that the model lacks.
@@ -221,9 +225,10 @@ def _plan(given: Mapping[str, Any] | Plan | str | Path, spec: ModelSpec) -> Plan
         return Plan.load(given)
     if not hasattr(given, "keys") or not given:
         what = "is empty" if hasattr(given, "keys") else f"is a {type(given).__name__}"
-        raise PlanError(f"layer_config {what}", remedy="give a plan, its file, or {module: 'int4:g128', …}")
-    if given.keys() & _PLAN_KEYS:
-        return Plan.from_dict(dict(given), "layer_config")
+        or_table = "" if spec is None else ", or {module: 'int4:g128', …}"
+        raise PlanError(f"{name} {what}", remedy=f"give a plan, its file, shorthand such as 'int4:g128'{or_table}")
+    if spec is None or given.keys() & _PLAN_KEYS:
+        return Plan.from_dict(dict(given), name)
     return _table(given, spec)
 
 

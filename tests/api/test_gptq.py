@@ -458,7 +458,8 @@ def test_export_is_what_the_command_writes(layout, text, tmp_path):
     tiny.quantize(directory, tmp_path / "command", "int4:g32", text, layout=layout)
     model = from_transformers(directory)
     found = gptq_quantize_model(model, tokens(directory, text), "int4:g32")
-    assert alphaquant.export(found, tmp_path / "out", model=model, layout=layout) is None
+    written = alphaquant.export(found, tmp_path / "out", model=model, layout=layout)
+    assert written == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
     for shard in sorted((tmp_path / "command").glob("*.safetensors")):
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
     assert torch.equal(load(tmp_path / "out").logits(GOOD), load(tmp_path / "command").logits(GOOD))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -632,7 +633,7 @@ def test_literal_patterns_are_looked_up_and_others_tried_once_a_name(monkeypatch
 
         return dataclasses.replace(pattern, matches=matches)
 
-    monkeypatch.setattr("alphaquant.plan.compile_pattern", counting)
+    monkeypatch.setattr(sys.modules["alphaquant.plan"], "compile_pattern", counting)
     rules = [{"pattern": f"model.layers.{i}.mlp.**.up_proj", "wq": "int8"} for i in range(10)]
     # An allocator's plan may name every module.
     rules += [{"pattern": m.name, "wq": "int3"} for m in modules if m.kind is K.EXPERT]

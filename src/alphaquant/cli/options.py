@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from alphaquant.engines import profile_of
-from alphaquant.errors import ConfigError, OutputError, PlanError
-from alphaquant.pipeline import Serving, check_writable
+from alphaquant.errors import ConfigError, PlanError
+from alphaquant.pipeline import Serving, check_single_file
 from alphaquant.plan import Plan
 
 __all__ = [
@@ -118,14 +118,6 @@ def serving_from(engine: Engine | None, tp: int, gpu: str | None, *, legalize: b
     if gpu is not None and found is None:
         raise ConfigError(f"--gpu {gpu!r} is no compute capability", remedy="give one such as 8.0, 8.9 or 9.0")
     return Serving(profile_of(engine.value), tp, None if found is None else 10 * int(found[1]) + int(found[2]))
-
-
-def check_single_file(path: Path, *, overwrite: bool) -> None:
-    """Refuse a file that is there already, or that cannot be made, before any work is done."""
-    check_writable(path)
-    if path.is_dir() or (path.exists() and not overwrite):
-        remedy = "choose another file" if path.is_dir() else "choose another file, or pass --overwrite"
-        raise OutputError(f"{path} already exists", remedy=remedy)
 
 
 def print_json(content: Any) -> None:

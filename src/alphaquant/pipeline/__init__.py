@@ -1,6 +1,6 @@
 """Runs: the streaming loop, quantizing, evaluating, exporting, and what they leave on disk."""
 
-from alphaquant.pipeline.convert import export_checkpoint, save_single_file
+from alphaquant.pipeline.convert import check_single_file, export_checkpoint, save_single_file
 from alphaquant.pipeline.device import torch_device
 from alphaquant.pipeline.evaluate import evaluate_checkpoint, load
 from alphaquant.pipeline.manifest import Problem, check_shards
@@ -48,6 +48,7 @@ __all__ = [
     "Serving",
     "check_output",
     "check_shards",
+    "check_single_file",
     "check_writable",
     "compute_dtype",
     "evaluate_checkpoint",

@@ -14,7 +14,7 @@ from alphaquant.engines import engine_notes
 from alphaquant.errors import CheckpointError, OutputError
 from alphaquant.layouts import LAYOUTS, MODULES_FILE, DenseLayout, QuantizedCheckpoint, choose_layout
 from alphaquant.models import detect
-from alphaquant.pipeline.rundir import FOLDER, RunDir, check_output
+from alphaquant.pipeline.rundir import FOLDER, RunDir, check_output, check_writable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from alphaquant.layouts import Layout
     from alphaquant.models import ModelSpec, TensorSource
 
-__all__ = ["export_checkpoint", "pick_layout", "save_single_file", "shard_names", "shard_tensors"]
+__all__ = ["check_single_file", "export_checkpoint", "pick_layout", "save_single_file", "shard_names", "shard_tensors"]
 
 
 def pick_layout(
@@ -35,11 +35,13 @@ def pick_layout(
     """The layout of that name, checked against the plan; the most widely served one for None.
 
     Raises:
-        OutputError: that layout cannot hold a scheme of the plan.
+        OutputError: there is no such layout, or it cannot hold a scheme of the plan.
         PlanError: none can.
     """
     if name is None:
         return choose_layout(schemes, shapes)
+    if name not in LAYOUTS:
+        raise OutputError(f"there is no layout {name!r}", remedy=f"give one of {', '.join(LAYOUTS)}")
     layout = DenseLayout(spec.dtype) if name == DenseLayout.name else LAYOUTS[name]
     for module, scheme in schemes.items():
         reason = None if scheme is None else layout.unsupported(scheme, shapes[module])
@@ -130,6 +132,18 @@ def _restated(report: dict[str, Any], layout: Layout, num_bytes: int) -> dict[st
     sizes = report.get("sizes")
     changed = {"sizes": sizes | {"after_bytes": num_bytes}} if isinstance(sizes, dict) else {}
     return report | {"layout": layout.name} | changed
+
+
+def check_single_file(path: Path, *, overwrite: bool) -> None:
+    """Refuse a file that is there already, or that cannot be made, before any work is done.
+
+    Raises:
+        OutputError: what is in the way.
+    """
+    check_writable(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        remedy = "choose another file" if path.is_dir() else "choose another file, or pass --overwrite"
+        raise OutputError(f"{path} already exists", remedy=remedy)
 
 
 def save_single_file(source: Path, path: Path, *, remove_source: bool = False) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from alphaquant.checkpoint import TensorInfo
 from alphaquant.errors import CheckpointError, ConfigError, OutputError
 from alphaquant.formats import QuantizedTensor, dequantize
-from alphaquant.layouts import LAYOUTS
 from alphaquant.models import Decoder, detect, logical
 from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
 from alphaquant.pipeline.layer import LayerQuantizer
@@ -216,8 +215,6 @@ def export_held(
         CheckpointError: the modules are of another model.
     """
     spec = held.spec
-    if layout is not None and layout not in LAYOUTS:
-        raise OutputError(f"there is no layout {layout!r}", remedy=f"give one of {', '.join(LAYOUTS)}, or None")
     if not modules:
         raise OutputError("no module is quantized", remedy="give what gptq_quantize_model returned")
     shapes = {module.name: (module.out_features, module.in_features) for module in spec.modules()}

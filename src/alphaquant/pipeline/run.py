@@ -13,6 +13,7 @@ import torch
 
 from alphaquant.calibration import TokenBatch, calibration_tokens, load_tokenizer, needs_tokenizer
 from alphaquant.checkpoint import Checkpoint, unquantized
+from alphaquant.errors import ConfigError
 from alphaquant.models import detect, logical
 from alphaquant.pipeline.balance import CANDIDATES, balanced, require_experts
 from alphaquant.pipeline.closing import changed_sessions, describe, peak_memory_bytes, plain, session
@@ -137,9 +138,15 @@ def compute_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dty
     """The type that weights and activations have while they are worked on; `auto` is that of the checkpoint.
 
     On a CPU float16 becomes float32: its products there are slow, and overflow.
+
+    Raises:
+        ConfigError: there is no type of that name.
     """
+    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if name in known:
+        return known[name]
     if name != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+        raise ConfigError(f"dtype is {name!r}", remedy=f"give auto, {', '.join(known)}")
     return torch.float32 if spec.dtype is torch.float16 and device.type == "cpu" else spec.dtype
 
 
@@ -204,11 +211,11 @@ def quantize_checkpoint(
         AlphaQuantError: nothing is left on disk, or all layers that were done, for the next call to go on from.
     """
     spec, device = prepared.spec, torch.device(device)
+    work_dtype = compute_dtype(dtype, spec, device)
     check_output(out, prepared.checkpoint.path, overwrite=overwrite)
     chosen = planned_layout(prepared, layout)
     clock, begin = Clock(), time.perf_counter()
     with RunDir.create(out, spec.num_layers + 1, resumes=True, fresh=fresh) as run:
-        work_dtype = compute_dtype(dtype, spec, device)
         with clock("tokenize"):
             tokens = None if calibration is None else draw_tokens(prepared, calibration)
         if calibration is not None and tokens is not None and calibration.balance:

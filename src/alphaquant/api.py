@@ -1,0 +1,290 @@
+"""The verbs of the command as functions: the same steps, checks and defaults, from directory to directory.
+
+A model is a checkpoint directory, or a hub id such as `allenai/OLMoE-1B-7B-0924`. Every function raises an
+`AlphaQuantError` that says what is wrong, where, and the remedy; what it was to make is then not there, or whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from alphaquant.checkpoint import resolve_model
+from alphaquant.engines import profile_of
+from alphaquant.errors import ConfigError, OutputError
+from alphaquant.gptq import GPTQConfig, as_plan
+from alphaquant.gptq import export as export_modules
+from alphaquant.pipeline import (
+    Calibration,
+    Serving,
+    check_single_file,
+    evaluate_checkpoint,
+    export_checkpoint,
+    keep_quality,
+    plan_sizes,
+    prepare,
+    quality_facts,
+    quantize_checkpoint,
+    save_single_file,
+    silent,
+    torch_device,
+)
+from alphaquant.report import write_comparison, write_report
+from alphaquant.solver import Method
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from alphaquant.engines import Violation
+    from alphaquant.evaluation import Quality
+    from alphaquant.gptq import QuantizedModule
+    from alphaquant.pipeline import KindSize, Prepared, Progress, QuantizeResult
+    from alphaquant.plan import Plan, ResolvedPlan
+
+__all__ = ["PlannedModel", "evaluate", "export", "plan", "quantize", "report"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """What a plan makes of a model.
+
+    Attributes:
+        resolved: `schemes` by checkpoint name (None is left as it is), `warnings`, `notes`, `explain(name)`, `plan`.
+        sizes: for each kind and format the modules, weights and bytes before and after.
+        violations: what the engine would not take; empty where none was named.
+        changes: what was raised for the engine, in words.
+    """
+
+    resolved: ResolvedPlan
+    sizes: list[KindSize]
+    violations: list[Violation]
+    changes: tuple[str, ...]
+
+
+def plan(
+    model: str | Path,
+    config: Plan | Mapping[str, Any] | str | Path,
+    *,
+    serving: Serving | str | None = None,
+    legalize: bool = False,
+    layout: str | None = None,
+) -> PlannedModel:
+    """Resolve a plan on a model: which module gets which format, and what an engine says to it.
+
+    Args:
+        model: checkpoint directory, or hub id.
+        config: a plan, as an object, a mapping, a JSON file, or shorthand such as `int4:g128`.
+        serving: where the result is to be served: an engine's name (`vllm`, `transformers`, `any`), or with its GPUs.
+        legalize: raise what the engine wants to share a format.
+        layout: hold it against the engine in this layout; None: in the best of them.
+
+    Raises:
+        CheckpointError, ConfigError, PlanError: model, engine or plan are not possible.
+    """
+    target = _serving(serving, legalize=legalize)
+    prepared, changes = _prepare(model, config, target if legalize else None)
+    violations = [] if target is None else target.violations(prepared, layout)
+    return PlannedModel(prepared.resolved, plan_sizes(prepared), violations, changes)
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    config: Plan | Mapping[str, Any] | str | Path,
+    *,
+    gptq_config: GPTQConfig | None = None,
+    calibration: Calibration | None = None,
+    layout: str | None = None,
+    serving: Serving | str | None = None,
+    legalize: bool = False,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    fresh: bool = False,
+    progress: Progress = silent,
+) -> QuantizeResult:
+    """Quantize a checkpoint into a directory that engines load, with GPTQ (Frantar et al., arXiv:2210.17323).
+
+    Args:
+        model: checkpoint directory, or hub id.
+        out: directory to make. A call that was stopped goes on when it is made again.
+        config: a plan, as an object, a mapping, a JSON file, or shorthand such as `int4:g128`.
+        gptq_config: settings of the method.
+        calibration: tokens to calibrate on; None: 128 windows of 2,048 tokens of WikiText-2, and none for rounding.
+        layout: `compressed-tensors`, `humming` or `dense`; None: the most widely served one that holds the plan.
+        serving: where the result is to be served, which the plan must suit: an engine's name, or with its GPUs.
+        legalize: raise what the engine wants to share a format.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: of weights and activations while they are worked on: `auto`, `bf16`, `fp16` or `fp32`.
+        overwrite: replace `out` if it holds something.
+        fresh: drop what a stopped call has left, and start anew.
+        progress: is told what happens.
+
+    Returns:
+        The content of `alphaquant/report.json`, losses by kind and format, and the record of every module.
+
+    Raises:
+        AlphaQuantError: what is wrong with model, plan, text, device or output.
+    """
+    recipe = gptq_config or GPTQConfig()
+    target = _serving(serving, legalize=legalize)
+    prepared, _ = _prepare(model, config, target if legalize else None)
+    if calibration is None and recipe.method is not Method.RTN:
+        calibration = Calibration()
+    return quantize_checkpoint(
+        prepared,
+        Path(out),
+        recipe=recipe,
+        calibration=calibration,
+        layout=layout if target is None else target.layout(prepared, layout),
+        device=torch_device(device),
+        dtype=dtype,
+        overwrite=overwrite,
+        fresh=fresh,
+        progress=progress,
+        command="alphaquant.quantize",
+    )
+
+
+def evaluate(
+    directory: str | Path,
+    *,
+    data: str = "wikitext2",
+    seqlen: int = 2048,
+    windows: int | None = None,
+    against: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> Quality:
+    """Perplexity ± standard error of a checkpoint; with `against` also KL (nats a token) and top-1 agreement.
+
+    What is measured of a directory that `quantize` made is kept in it, and `report` shows it.
+
+    Args:
+        directory: checkpoint directory, original or quantized, or hub id.
+        data: `wikitext2`, `c4`, `bundled`, or a text, JSONL or token file.
+        seqlen: tokens in a window.
+        windows: at most so many of them.
+        against: the original, to compare with token for token.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: `auto`, `bf16`, `fp16` or `fp32`.
+        progress: is told what happens.
+
+    Raises:
+        AlphaQuantError: what is wrong with checkpoint, text or device.
+    """
+    path = resolve_model(directory)
+    quality = evaluate_checkpoint(
+        path,
+        data=data,
+        seqlen=seqlen,
+        max_windows=windows,
+        against=None if against is None else resolve_model(against),
+        device=torch_device(device),
+        dtype=dtype,
+        progress=progress,
+    )
+    keep_quality(path, Path(data).stem, quality_facts(quality) | {"weights": "quantized", "data": data})
+    return quality
+
+
+@overload
+def export(source: str | Path, out: str | Path, *, layout: str = ..., overwrite: bool = ...) -> int: ...
+@overload
+def export(
+    source: Mapping[str, QuantizedModule],
+    out: str | Path,
+    *,
+    model: Any,
+    original: str | Path | None = ...,
+    layout: str | None = ...,
+    overwrite: bool = ...,
+) -> int: ...
+def export(
+    source: str | Path | Mapping[str, QuantizedModule],
+    out: str | Path,
+    *,
+    model: Any = None,
+    original: str | Path | None = None,
+    layout: str | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Write a quantized directory in another layout, losslessly from its codes, or one that was made in memory.
+
+    Args:
+        source: directory that `quantize` made, or what `gptq_quantize_model` returned.
+        out: directory to make, or of a directory also a `.pt` file for `torch.load(weights_only=True)`.
+        model: of quantized modules, the model that they are of: what is not quantized comes from it.
+        original: of quantized modules, the checkpoint directory that their model came from, for tokenizer and config.
+        layout: `compressed-tensors`, `humming` or `dense`. By default a directory becomes dense, and modules get the
+            most widely served one that holds them.
+        overwrite: replace `out` if it holds something.
+
+    Returns:
+        Bytes of the weights that were written.
+
+    Raises:
+        AlphaQuantError: what is wrong; nothing is left on disk.
+    """
+    target = Path(out)
+    if isinstance(source, Mapping):
+        if model is None:
+            raise ConfigError("modules without their model", where="export", remedy="give model=, which was quantized")
+        return export_modules(source, target, model=model, original=original, layout=layout, overwrite=overwrite)
+    if model is not None or original is not None:
+        raise ConfigError("a directory with a model", where="export", remedy="give model= only with quantized modules")
+    if target.suffix != ".pt":
+        return export_checkpoint(Path(source), target, layout or "dense", overwrite=overwrite)
+    if layout is not None:
+        raise OutputError(
+            f"layout {layout!r} with {target}: a .pt file keeps the layout of its directory",
+            remedy="convert into a directory first, and export that one",
+        )
+    check_single_file(target, overwrite=overwrite)
+    save_single_file(Path(source), target)
+    return target.stat().st_size
+
+
+def report(
+    *directories: str | Path, output: str | Path | None = None, quality: Sequence[str | Path] = ()
+) -> list[Path]:
+    """Draw what a run did, in report.html and report.md; of several runs comparison.html and comparison.md.
+
+    Args:
+        directories: what `quantize` made.
+        output: directory to write to; None: the notes of the run, or of several runs the working directory.
+        quality: of one run, more files of `alphaquant eval --json` to show.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        CheckpointError: a directory is none of ours, or a file is missing or malformed.
+        OutputError: the output cannot be written.
+    """
+    runs = [Path(directory) for directory in directories]
+    target = None if output is None else Path(output)
+    if len(runs) == 1:
+        return write_report(runs[0], target, [Path(file) for file in quality])
+    if not runs or quality:
+        what = "quality files with several directories: whose are they?" if runs else "no directory"
+        raise OutputError(what, where="report", remedy="give the directory of a run, or several without quality")
+    return write_comparison(runs, target or Path())
+
+
+def _serving(given: Serving | str | None, *, legalize: bool) -> Serving | None:
+    if given is None and legalize:
+        raise ConfigError("legalize was given without an engine", remedy="add serving='vllm'")
+    return Serving(profile_of(given)) if isinstance(given, str) else given
+
+
+def _prepare(
+    model: str | Path, config: Plan | Mapping[str, Any] | str | Path, legal_for: Serving | None
+) -> tuple[Prepared, tuple[str, ...]]:
+    prepared = prepare(resolve_model(model), as_plan(config, name="config"))
+    return (prepared, ()) if legal_for is None else legal_for.legalized(prepared)

@@ -1,0 +1,221 @@
+"""The Python face does what the command does, with its defaults; names and options are promises, kept here."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+import alphaquant
+from alphaquant import errors
+from alphaquant.cli import app
+from alphaquant.pipeline import Calibration, load
+from alphaquant.solver import Recipe
+from pipeline import tiny
+
+SMALL = Calibration("", num_samples=8, seqlen=32)
+
+FACE = [
+    "AlphaQuantError",
+    "Calibration",
+    "GPTQConfig",
+    "Plan",
+    "PlannedModel",
+    "Serving",
+    "__version__",
+    "evaluate",
+    "export",
+    "load",
+    "plan",
+    "quantize",
+    "report",
+]
+# One that goes, or is spelled anew, breaks somebody's script; a new one is frozen when it is listed here.
+OPTIONS = {
+    "quantize": """MODEL --output --save --config --scheme --bits --size --formats --table --method --effort --calib
+        --nsamples --seqlen --seed --balance --routing-weight --kernels --format --engine --tp --gpu --legalize
+        --device --dtype --overwrite --fresh --dry-run --verbose --quiet --json""",
+    "status": "OUT --json",
+    "eval": """DIR --data --seqlen --windows --against --rtn --tasks --limit --fewshot --task-path --device --dtype
+        --quiet --json""",
+    "report": "OUT... --output --quality --json",
+    "inspect": """MODEL --config --scheme --routing --calib --nsamples --seqlen --seed --output --device --dtype
+        --overwrite --quiet --json""",
+    "plan": """MODEL --config --scheme --bits --size --method --formats --floor --ceiling --table --seed --calib
+        --nsamples --seqlen --output --explain --engine --tp --gpu --legalize --format --device --dtype --overwrite
+        --quiet --json""",
+    "export": "OUT --output --format --overwrite --json",
+    "demo": "--output --overwrite --quiet --json",
+}
+
+
+def test_the_names_are_frozen():
+    assert alphaquant.__all__ == FACE
+    assert all(hasattr(alphaquant, name) for name in FACE)
+    assert (Path(alphaquant.__file__).parent / "py.typed").is_file()
+
+
+def test_the_options_are_frozen():
+    command = typer.main.get_command(app)
+    found = {
+        name: [max(p.opts, key=len) if p.param_type_name == "option" else p.metavar for p in verb.params]
+        for name, verb in command.commands.items()
+    }
+    gone = {name: set(options.split()) - set(found.get(name, ())) for name, options in OPTIONS.items()}
+    assert not any(gone.values()), gone
+
+
+def test_defaults_are_those_of_the_command():
+    commands = typer.main.get_command(app).commands
+
+    def option(verb, name):
+        value = next(p.default for p in commands[verb].params if name in p.opts)
+        return getattr(value, "value", value)
+
+    recipe, calibration = Recipe(), Calibration()
+    for name, ours in {
+        "--method": recipe.method.value,
+        "--effort": recipe.effort.value,
+        "--routing-weight": recipe.routing_power,
+        "--kernels": recipe.backend.value,
+        "--nsamples": calibration.num_samples,
+        "--seqlen": calibration.seqlen,
+        "--seed": calibration.seed,
+    }.items():
+        assert option("quantize", name) == ours, name
+    for verb, function, names in (
+        ("quantize", alphaquant.quantize, ("device", "dtype", "overwrite", "fresh", "legalize")),
+        ("eval", alphaquant.evaluate, ("data", "seqlen", "windows", "against", "device", "dtype")),
+        ("plan", alphaquant.plan, ("legalize",)),
+        ("export", alphaquant.export, ("overwrite",)),
+    ):
+        parameters = inspect.signature(function).parameters
+        for name in names:
+            assert option(verb, f"--{name}") == parameters[name].default, (verb, name)
+
+
+def test_rooms_behind_verbs_can_be_imported():
+    for name in ("plan", "report.read", "report"):
+        importlib.import_module(f"alphaquant.{name}")
+    assert callable(alphaquant.plan)
+    assert callable(alphaquant.report)
+    assert alphaquant.Plan is importlib.import_module("alphaquant.plan").Plan
+
+
+@pytest.mark.parametrize("name", [name for name in FACE if name[0].islower()])
+def test_docstrings_say_what_goes_in_and_what_goes_wrong(name):
+    function = getattr(alphaquant, name)
+    text = inspect.getdoc(function)
+    assert "Raises:" in text
+    for parameter in inspect.signature(function).parameters:
+        assert f"{parameter}: " in text, parameter
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, olmoe, text):
+    """What `alphaquant.quantize` makes of a mixture, and its result."""
+    out = tmp_path_factory.mktemp("face") / "out"
+    calibration = Calibration(str(text), num_samples=8, seqlen=32)
+    return out, alphaquant.quantize(olmoe, str(out), tiny.SERVED_PLAN, calibration=calibration, device="cpu")
+
+
+def test_quantize_is_the_command(made, olmoe, text, tmp_path):
+    out, result = made
+    tiny.quantize(olmoe, tmp_path / "out", tiny.SERVED_PLAN, text, num_samples=8)
+    for shard in sorted((tmp_path / "out").glob("*.safetensors")):
+        assert shard.read_bytes() == (out / shard.name).read_bytes()
+    assert result.report == json.loads((out / "alphaquant/report.json").read_text())
+    assert result.report["command"] == "alphaquant.quantize"
+
+
+def test_rounding_needs_no_text(olmoe, tmp_path):
+    result = alphaquant.quantize(olmoe, tmp_path / "out", "int4:g32", gptq_config=alphaquant.GPTQConfig(method="rtn"))
+    assert result.report["calibration"] is None
+    assert {module.method for record in result.records for module in record.modules} == {"rtn"}
+
+
+def test_every_kind_of_plan(olmoe, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(tiny.SERVED_PLAN))
+    plan = alphaquant.Plan.from_dict(tiny.SERVED_PLAN)
+    given = [plan, tiny.SERVED_PLAN, tmp_path / "plan.json", str(tmp_path / "plan.json")]
+    found = [alphaquant.plan(str(olmoe), each) for each in given]
+    assert all(each.resolved.schemes == found[0].resolved.schemes for each in found)
+    planned = alphaquant.plan(olmoe, "int4:g32")
+    assert {str(scheme) for scheme in planned.resolved.schemes.values()} == {"int4 g32", "None"}
+    assert sum(size.modules for size in planned.sizes) == 69
+    assert "default" in str(planned.resolved.explain("model.layers.0.mlp.experts.0.up_proj"))
+    assert planned.violations == []
+
+
+def test_an_engine_is_asked(olmoe, text, tmp_path):
+    planned = alphaquant.plan(olmoe, tiny.SERVED_PLAN, serving="vllm")
+    assert planned.violations
+    legal = alphaquant.plan(olmoe, tiny.SERVED_PLAN, serving="vllm", legalize=True)
+    assert legal.violations == []
+    assert legal.changes
+    with pytest.raises(errors.PlanError, match="would not take this plan"):
+        alphaquant.quantize(olmoe, tmp_path / "out", tiny.SERVED_PLAN, serving="vllm")
+    for call in (
+        lambda: alphaquant.plan(olmoe, "int4:g32", serving="tgi"),
+        lambda: alphaquant.plan(olmoe, "int4:g32", legalize=True),
+    ):
+        with pytest.raises(errors.ConfigError, match="engine"):
+            call()
+    calibration = Calibration(str(text), num_samples=2, seqlen=32)
+    result = alphaquant.quantize(
+        olmoe, tmp_path / "out", tiny.SERVED_PLAN, calibration=calibration, serving="vllm", legalize=True
+    )
+    assert result.report["engines"]["vllm"] == []
+
+
+def test_evaluate_report_and_export(made, olmoe, text, tmp_path):
+    out, _ = made
+    quality = alphaquant.evaluate(str(out), data=str(text), seqlen=32, windows=4, against=str(olmoe), device="cpu")
+    assert quality.windows == 4
+    kept = json.loads((out / "alphaquant/quality/calibration.json").read_text())
+    assert kept["perplexity"] == quality.perplexity
+    assert kept["weights"] == "quantized"
+    html, markdown = alphaquant.report(str(out), output=tmp_path / "report")
+    assert f"{quality.perplexity:.2f}" in markdown.read_text()
+    assert html.is_file()
+    assert len(alphaquant.report(out, out, output=tmp_path / "both")) == 2
+
+    size = alphaquant.export(out, tmp_path / "dense")
+    assert size == sum(path.stat().st_size for path in (tmp_path / "dense").glob("*.safetensors"))
+    assert torch.equal(load(tmp_path / "dense").logits(tiny.token_ids()), load(out).logits(tiny.token_ids()))
+    assert alphaquant.export(out, tmp_path / "x.pt") == (tmp_path / "x.pt").stat().st_size
+    assert torch.load(tmp_path / "x.pt", weights_only=True)["version"] == 1
+
+
+def test_what_is_refused_leaves_nothing(made, olmoe, tmp_path):
+    out, _ = made
+    (tmp_path / "there.pt").write_text("kept")
+    before = tiny.listing(tmp_path)
+    target = tmp_path / "new"
+    calls = {
+        "dtype is 'int8'": lambda: alphaquant.quantize(olmoe, target, "int4:g32", dtype="int8"),
+        "there is no layout 'gguf'": lambda: alphaquant.quantize(olmoe, target, "int4:g32", layout="gguf"),
+        "there is no layout 'gptq2'": lambda: alphaquant.export(out, target, layout="gptq2"),
+        "device 'tpu'": lambda: alphaquant.quantize(olmoe, target, "int4:g32", device="tpu"),
+        "no model directory": lambda: alphaquant.quantize(tmp_path / "none", target, "int4:g32"),
+        "unknown format 'int5'": lambda: alphaquant.plan(olmoe, "int5"),
+        "lm_head": lambda: alphaquant.plan(olmoe, {"lm_head": "int4:g32"}),
+        "config is a int": lambda: alphaquant.plan(olmoe, 4),
+        "modules without their model": lambda: alphaquant.export({}, target),
+        "a directory with a model": lambda: alphaquant.export(out, target, model=load(olmoe)),
+        "keeps the layout": lambda: alphaquant.export(out, tmp_path / "x.pt", layout="dense"),
+        "already exists": lambda: alphaquant.export(out, tmp_path / "there.pt"),
+        "no directory": alphaquant.report,
+        "whose are they": lambda: alphaquant.report(out, out, quality=[out / "x.json"]),
+        "is not a directory that alphaquant made": lambda: alphaquant.report(olmoe),
+    }
+    for message, call in calls.items():
+        with pytest.raises(errors.AlphaQuantError, match=message) as caught:
+            call()
+        assert caught.value.remedy, message
+        assert tiny.listing(tmp_path) == before, message
