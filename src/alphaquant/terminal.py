@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from rich.progress import Task
 
+    from alphaquant.allocation import Frontier
     from alphaquant.engines import Violation
     from alphaquant.errors import AlphaQuantError
     from alphaquant.evaluation import Quality
@@ -32,6 +33,7 @@ __all__ = [
     "out",
     "print_comparison",
     "print_error",
+    "print_frontier",
     "print_notes",
     "print_quality",
     "print_result",
@@ -98,6 +100,17 @@ def print_sizes(sizes: Sequence[KindSize]) -> None:
     _print_table(("kind", "format", "modules", "weights", "bits", "before", "after"), rows)
     before, after = sum(s.before_bytes for s in sizes), sum(s.after_bytes for s in sizes)
     out.print(f"total {human_bytes(before)} → {human_bytes(after)} ({before / after:.2f}× smaller)")
+
+
+def print_frontier(frontier: Frontier) -> None:
+    """Size against loss."""
+    rows = []
+    for number, point in enumerate(frontier.points):
+        measured = ["" if kl is None else f"{kl:.5f}" for kl in (point.measured, point.uniform)]
+        mark = "◂ knee" if number == frontier.knee else ""
+        rows.append((f"{point.bits:.3f}", mark, human_bytes(point.num_bytes), f"{point.predicted:.5g}", *measured))
+    columns = ("bits", "", "size", "predicted", "measured KL", "uniform")
+    _print_table(columns if frontier.points[0].measured is not None else columns[:4], [r[: len(columns)] for r in rows])
 
 
 def print_violations(engine: str, violations: Sequence[Violation]) -> None:

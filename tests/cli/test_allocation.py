@@ -16,7 +16,7 @@ ALPHA = ("--method", "alpha", *G32)
 
 @pytest.fixture
 def calib(text):
-    return ("--calib", text, "--nsamples", 16, "--seqlen", 32)
+    return ("--calib", text, "--nsamples", 16, "--seqlen", 32, "--validate", 0)
 
 
 def facts_of(result):
@@ -115,6 +115,28 @@ def test_quantize_finds_the_plan_itself(works, fails, olmoe, calib, tmp_path):
     fails("quantize", olmoe, "--scheme", "int4:g32", "--formats", "int4", "-o", tmp_path / "other", says=("a budget",))
 
 
+def test_both_plans_are_measured_on_held_out_tokens(works, olmoe, calib, other_text):
+    budget = ("--bits", 3, *G32, *calib[:-2], "--validate", 3, "--held-out", other_text)
+    proposal, _ = facts_of(works("plan", olmoe, *budget, "--json"))
+    assert proposal["measured"]["windows"] == proposal["measured_uniform"]["windows"] == 3
+    better = proposal["measured"]["kl"] <= proposal["measured_uniform"]["kl"]
+    assert proposal["method"] == ("sensitivity" if better else "uniform")
+    assert "held-out KL" in works("plan", olmoe, *budget).err
+
+
+def test_a_frontier_is_shown_written_and_drawn(works, fails, olmoe, tmp_path):
+    page, data = tmp_path / "frontier.html", tmp_path / "frontier.json"
+    shown = works("plan", olmoe, "--frontier", *ALPHA, "-o", page).out
+    assert shown.count("knee") == 1
+    html = page.read_text()
+    assert html.count("<circle") == 12
+    assert "2.500 bits" in html
+    facts = json.loads(works("plan", olmoe, "--frontier", *ALPHA, "-o", data, "--json").out)
+    assert json.loads(data.read_text()) == facts
+    assert 0 < facts["knee"] < 11
+    fails("plan", olmoe, "--frontier", "--bits", 3, *ALPHA, says=("--bits and --frontier were both given",))
+
+
 BAD = {
     "below the smallest": (("--bits", "2.0", *G32), ("2.000 bits", "2.500", "give --bits 2.500 or more")),
     "above bf16": (("--bits", "17"), ("--bits 17", "bf16 takes 16")),
@@ -149,6 +171,14 @@ BAD = {
     "legalize": (("--bits", "3", "--engine", "vllm", "--legalize"), ("--legalize", "leave it out")),
     "no budget": (("--scheme", "int4:g32", "--method", "alpha"), ("--method", "without a budget", "--bits")),
     "no text": (("--bits", "3", *G32, "--calib", "nowhere.txt"), ("nowhere.txt",)),
+    "two budgets": (("--bits", "3", "--max-kl", "0.1"), ("--bits and --max-kl",)),
+    "no divergence": (("--max-kl", "-1"), ("--max-kl -1", "nats")),
+    "a divergence of spectra": (("--max-kl", "0.1", "--method", "alpha"), ("--max-kl", "only sensitivity")),
+    "nothing to validate": (("--scheme", "int4:g32", "--validate", "3"), ("--validate", "without a budget")),
+    "no held-out text": (
+        ("--bits", "3", *ALPHA, "--validate", "2", "--held-out", "nowhere.txt"),
+        ("nowhere.txt",),
+    ),
     "an unknown method": (("--bits", "3", "--method", "magic"), ("magic",)),
 }
 

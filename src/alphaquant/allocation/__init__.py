@@ -5,6 +5,7 @@ from alphaquant.allocation.candidates import Candidate, parse_candidates
 from alphaquant.allocation.estimate import Means, Strategy, error_table
 from alphaquant.allocation.problem import Assignment
 from alphaquant.allocation.propose import Limits, Proposer
+from alphaquant.allocation.request import Frontier, Point, Proposal, Request, frontier, propose
 from alphaquant.allocation.table import ErrorTable, Row
 
 __all__ = [
@@ -12,12 +13,18 @@ __all__ = [
     "Budget",
     "Candidate",
     "ErrorTable",
+    "Frontier",
     "Limits",
     "Means",
+    "Point",
+    "Proposal",
     "Proposer",
+    "Request",
     "Row",
     "Strategy",
     "error_table",
+    "frontier",
     "parse_candidates",
     "parse_size",
+    "propose",
 ]

@@ -12,7 +12,7 @@ from alphaquant.errors import PlanError
 if TYPE_CHECKING:
     from alphaquant.pipeline import Prepared
 
-__all__ = ["Budget", "parse_size"]
+__all__ = ["Budget", "parse_size", "rest_bits"]
 
 _UNITS = {
     "": 1,
@@ -25,13 +25,20 @@ _LARGEST = 16.0
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What the plan may take: average stored bits of the weights that can be quantized, or bytes of all tensors."""
+    """What the plan may take, or lose; one of them, or none.
+
+    Attributes:
+        bits: average stored bits of the weights that can be quantized.
+        size: bytes of all tensors.
+        max_kl: nats a token of divergence from the original.
+    """
 
     bits: float | None = None
     size: int | None = None
+    max_kl: float | None = None
 
     def total(self, prepared: Prepared) -> int:
-        """Bits for all subjects together.
+        """Bits for all subjects together; all that they take unquantized, where it limits no size.
 
         Raises:
             PlanError: it is above what the unquantized model takes, or the rest of the model alone takes more.
@@ -44,8 +51,12 @@ class Budget:
                     what, where="--bits", remedy="give a number between those of the narrowest format and 16"
                 )
             return int(self.bits * weights)
-        assert self.size is not None
-        rest = _rest_bits(prepared)
+        if self.size is None:
+            if self.max_kl is not None and not 0 < self.max_kl < float("inf"):
+                what = f"--max-kl {self.max_kl:g} is no divergence"
+                raise PlanError(what, where="--max-kl", remedy="give nats a token, such as 0.05")
+            return int(8 * prepared.spec.dtype.itemsize * weights)
+        rest = rest_bits(prepared)
         whole = 8 * prepared.checkpoint.total_bytes
         if 8 * self.size > whole:
             what = f"--size is {self.size:,} bytes, and the model has no more than {whole // 8:,}"
@@ -69,7 +80,7 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
-def _rest_bits(prepared: Prepared) -> int:
+def rest_bits(prepared: Prepared) -> int:
     """Bits of all that is no subject: as stored, or as `--config` quantizes it."""
     counted = {module.name for module in subjects(prepared)}
     total = 8 * prepared.checkpoint.total_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from alphaquant.allocation.budget import rest_bits
 from alphaquant.allocation.candidates import Setting
 from alphaquant.allocation.costs import scale_dtype, subjects
 from alphaquant.allocation.problem import Assignment, Problem, build_problem
@@ -81,6 +82,30 @@ class Proposer:
     def bits(self, assignment: Assignment) -> float:
         """Average stored bits of the subjects' weights."""
         return assignment.bits / self.problem.num_weights
+
+    def num_bytes(self, assignment: Assignment) -> int:
+        """Bytes of all tensors of the model."""
+        return -(-(rest_bits(self.prepared) + assignment.bits) // 8)
+
+    def cheapest(self, cost: float) -> Assignment:
+        """The smallest assignment that is predicted to cost no more, to a thousandth of a bit a weight.
+
+        Raises:
+            PlanError: even the largest costs more.
+        """
+        low, high = self.problem.least, self.problem.most
+        best = self.best(high)
+        if best.cost > cost:
+            raise PlanError(f"no plan costs as little as {cost:g}", remedy="give finer --formats")
+        while high - low > self.problem.num_weights // 1000:
+            middle = (low + high) // 2
+            tried = self.best(middle)
+            if tried.cost <= cost:
+                best, high = tried, tried.bits if low < tried.bits < middle else middle
+            else:
+                low = middle
+        smallest = self.best(self.problem.least)
+        return smallest if smallest.cost <= cost else best
 
     def settings(self, assignment: Assignment) -> dict[str, Setting]:
         """What each module gets: the assignment, and what `--config` decides."""

@@ -38,11 +38,9 @@ if TYPE_CHECKING:
 
     Half = Callable[[Tensor, LayerWeights, ModelSpec, int], None]
 
-__all__ = ["PROBE_TOKENS", "sensitivity_costs"]
+__all__ = ["sensitivity_costs"]
 
-PROBE_TOKENS = 512
-"""Tokens of the sequences whose logits are watched."""
-
+_PROBE = (2, 128)  # sequences whose logits are watched, and their tokens
 _PROBE_ERROR = 0.05  # relative: what is measured should be far above rounding noise, and not break the model
 _ROWS = 256  # of a matrix that tell its loss; only what is probed needs them all
 _KINDS = (ModuleKind.ATTENTION, ModuleKind.MLP, ModuleKind.EXPERT, ModuleKind.SHARED_EXPERT)
@@ -122,8 +120,7 @@ def sensitivity_costs(
     spec, work_dtype = prepared.spec, compute_dtype(dtype, prepared.spec, device)
     outer = read_outer(prepared.source, spec, work_dtype, device)
     linears = [[p for p in spec.parameters(layer) if p.kind in _KINDS and p.source] for layer in range(spec.num_layers)]
-    watched = max(1, PROBE_TOKENS // tokens.ids.shape[1])
-    probes = _Probes(tokens.ids[:watched, :PROBE_TOKENS], outer, spec, sum(map(len, linears)))
+    probes = _Probes(tokens.ids[: _PROBE[0], : _PROBE[1]], outer, spec, sum(map(len, linears)))
     errors = relative_errors(candidates)
     x_NLD = embed(tokens.ids, outer["model.embed_tokens.weight"])
     units: list[_Unit] = []

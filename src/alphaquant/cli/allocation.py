@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alphaquant.allocation import Budget, Limits, Proposer, Strategy, error_table, parse_candidates, parse_size
+from alphaquant.allocation import Budget, Limits, Request, Strategy, parse_size
 from alphaquant.cli.options import plan_from
 from alphaquant.errors import ConfigError, PlanError
 from alphaquant.pipeline import check_writable
 
 if TYPE_CHECKING:
-    from alphaquant.allocation import Means
-    from alphaquant.pipeline import Prepared, Serving
+    from alphaquant.pipeline import Serving
     from alphaquant.plan import Plan
 
 __all__ = [
@@ -24,17 +22,19 @@ __all__ = [
     "CeilingOpt",
     "FloorOpt",
     "FormatsOpt",
-    "Proposal",
+    "HeldOutOpt",
     "SizeOpt",
     "StrategyOpt",
     "TableOpt",
-    "Wish",
+    "ValidateOpt",
     "base_plan",
     "refuse_with",
-    "wish_from",
+    "request_from",
 ]
 
 _FORMATS = "int2,int3,int4,int6,int8"
+_VALIDATE = 8
+_FORWARD = (Strategy.SENSITIVITY, Strategy.UTILIZATION)  # what can run the model can measure it
 
 BitsOpt = Annotated[
     float | None, typer.Option(help="Find a plan of so many bits a weight, scales counted, of what can be quantized.")
@@ -44,109 +44,90 @@ StrategyOpt = Annotated[Strategy | None, typer.Option("--method", help="How to f
 FormatsOpt = Annotated[str | None, typer.Option(help="Formats to choose from, as in --scheme.", show_default=_FORMATS)]
 FloorOpt = Annotated[list[str] | None, typer.Option(help="PATTERN=BITS: at least so many; may be repeated.")]
 CeilingOpt = Annotated[list[str] | None, typer.Option(help="PATTERN=BITS: at most so many; may be repeated.")]
+ValidateOpt = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Held-out windows on which the plan and the uniform one are measured; 0: not.",
+        show_default=f"{_VALIDATE}; 0 for methods without a forward pass",
+    ),
+]
+HeldOutOpt = Annotated[str | None, typer.Option(help="Text for --validate; else the calibration text's other split.")]
 TableOpt = Annotated[
     Path | None, typer.Option(help="Costs of all modules: read where the file exists, else written for the next time.")
 ]
 
 
-class Proposal(NamedTuple):
-    """A model with the plan found for it; what is known of that plan, as JSON and in words."""
-
-    prepared: Prepared
-    facts: dict[str, Any]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What kind of plan is asked for."""
-
-    budget: Budget
-    strategy: Strategy
-    formats: str
-    limits: Limits
-    table: Path | None
-    seed: int
-
-    def proposal(
-        self,
-        prepared: Prepared,
-        serving: Serving | None,
-        layout: str | None,
-        means: Means,
-    ) -> Proposal:
-        """The plan that is asked for, of a model with the plan of `--config`."""
-        bits = self.budget.total(prepared)
-        widths = {m.in_features for m in prepared.spec.modules() if m.quantizable_by_default}
-        candidates = parse_candidates(self.formats, widths)
-        # what can be refused is refused before the work, on a table that costs nothing
-        flat = error_table(prepared, Strategy.UNIFORM, candidates, means)
-        Proposer(prepared, flat, candidates, serving=serving, layout=layout, limits=self.limits).problem.check(bits)
-        table = error_table(prepared, self.strategy, candidates, means, self.table)
-        proposer = Proposer(prepared, table, candidates, serving=serving, layout=layout, limits=self.limits)
-        uniform = proposer.uniform(bits, self.seed)
-        chosen = uniform if self.strategy is Strategy.UNIFORM else proposer.best(bits)
-        facts = {
-            "method": self.strategy.value,
-            "bits_per_weight": proposer.bits(chosen),
-            "predicted_cost": chosen.cost,
-            "gap": chosen.gap,
-            "uniform": {"bits_per_weight": proposer.bits(uniform), "predicted_cost": uniform.cost},
-            "table": table.settings,
-        }
-        notes = [f"{proposer.bits(chosen):.3f} bits a weight by {self.strategy.value}, scales counted"]
-        if self.strategy is not Strategy.UNIFORM:
-            notes.append(
-                f"predicted cost {chosen.cost:.4g}, within {chosen.gap or 0:.1e} of the least; uniform plan of "
-                f"{proposer.bits(uniform):.3f} bits: {uniform.cost:.4g}"
-            )
-        return Proposal(proposer.proposal(chosen), facts, tuple(notes))
-
-
-def wish_from(
+def request_from(
     bits: float | None,
     size: str | None,
-    method: Strategy | None,
+    method: Strategy | None = None,
     *,
+    max_kl: float | None = None,
+    is_frontier: bool = False,
+    validate: int | None,
+    held_out: str | None = None,
     formats: str | None,
-    floors: list[str] | None,
-    ceilings: list[str] | None,
+    floors: list[str] | None = None,
+    ceilings: list[str] | None = None,
     table: Path | None,
+    serving: Serving | None,
+    layout: str | None,
     seed: int,
-) -> Wish | None:
+) -> Request | None:
     """What the options ask for; None where they name no budget."""
-    if bits is not None and size is not None:
-        raise PlanError("--bits and --size were both given", remedy="give one of them")
-    if bits is None and size is None:
-        given = {"--method": method, "--formats": formats, "--floor": floors, "--ceiling": ceilings, "--table": table}
+    budgets = {"--bits": bits, "--size": size, "--max-kl": max_kl, "--frontier": is_frontier or None}
+    named = [option for option, value in budgets.items() if value is not None]
+    if len(named) > 1:
+        raise PlanError(f"{named[0]} and {named[1]} were both given", remedy="give one of them")
+    if not named:
+        given = {
+            "--method": method,
+            "--formats": formats,
+            "--floor": floors,
+            "--ceiling": ceilings,
+            "--table": table,
+            "--validate": validate,
+            "--held-out": held_out,
+        }
         for option, value in given.items():
             if value is not None:
                 raise ConfigError(f"{option} was given without a budget", remedy="add --bits 3.5, or --size 4GiB")
         return None
+    strategy = method or Strategy.SENSITIVITY
+    if max_kl is not None and strategy is not Strategy.SENSITIVITY:
+        remedy = "leave --method out: only sensitivity predicts a divergence"
+        raise ConfigError(f"--max-kl was given with --method {strategy.value}", remedy=remedy)
     if table is not None:
         check_writable(table)
-    return Wish(
-        Budget(bits, None if size is None else parse_size(size)),
-        method or Strategy.SENSITIVITY,
+    if validate is None:
+        validate = 0 if is_frontier or strategy not in _FORWARD else _VALIDATE
+    return Request(
+        Budget(bits, None if size is None else parse_size(size), max_kl),
+        strategy,
         formats or _FORMATS,
         Limits(_bounds("--floor", floors), _bounds("--ceiling", ceilings)),
         table,
+        validate,
+        held_out,
+        serving,
+        layout,
         seed,
     )
 
 
-def base_plan(wish: Wish | None, config: Path | None, scheme: str | None) -> Plan:
+def base_plan(request: Request | None, config: Path | None, scheme: str | None) -> Plan:
     """The plan of the options; for a budget the overrides of `--config`, over a default that leaves every module."""
-    if wish is None:
+    if request is None:
         return plan_from(config, scheme)
     plan = plan_from(config, scheme, "bf16")
     return plan.model_copy(update={"default": plan.default.model_copy(update={"wq": "bf16"})})
 
 
-def refuse_with(wish: Wish | None, given: dict[str, bool]) -> None:
+def refuse_with(request: Request | None, given: dict[str, bool]) -> None:
     """Refuse options that make no sense where a plan is to be found."""
     for option, is_given in given.items():
-        if wish is not None and is_given:
+        if request is not None and is_given:
             remedy = "leave it out: formats are chosen from --formats, as --engine asks"
             if option == "--dry-run":
                 remedy = "find the plan with `alphaquant plan`, which writes nothing else"

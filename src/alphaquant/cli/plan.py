@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alphaquant.allocation import Means
-from alphaquant.checkpoint import resolve_model, write_text
+from alphaquant.allocation import Means, frontier, propose
+from alphaquant.checkpoint import resolve_model, write_json, write_text
 from alphaquant.cli.allocation import (
     BitsOpt,
     CeilingOpt,
     FloorOpt,
     FormatsOpt,
-    Proposal,
+    HeldOutOpt,
     SizeOpt,
     StrategyOpt,
     TableOpt,
+    ValidateOpt,
     base_plan,
     refuse_with,
-    wish_from,
+    request_from,
 )
 from alphaquant.cli.options import (
     CalibOpt,
@@ -45,8 +46,16 @@ from alphaquant.cli.options import (
     serving_from,
 )
 from alphaquant.pipeline import Calibration, Prepared, plan_sizes, prepare, torch_device
+from alphaquant.report import write_frontier
 from alphaquant.solver import Recipe
-from alphaquant.terminal import out, print_notes, print_sizes, print_violations, progress_bar
+from alphaquant.terminal import out, print_frontier, print_notes, print_sizes, print_violations, progress_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from alphaquant.allocation import Frontier, Proposal
+    from alphaquant.engines import Violation
+    from alphaquant.pipeline import Serving
 
 __all__ = ["plan"]
 
@@ -58,16 +67,26 @@ def plan(
     scheme: SchemeOpt = None,
     bits: BitsOpt = None,
     size: SizeOpt = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Find the smallest plan that loses no more: nats a token of KL.")
+    ] = None,
+    sweep: Annotated[
+        bool, typer.Option("--frontier", help="Sweep budgets: size against loss, the knee marked.")
+    ] = False,
     method: StrategyOpt = None,
     formats: FormatsOpt = None,
     floor: FloorOpt = None,
     ceiling: CeilingOpt = None,
     table: TableOpt = None,
+    validate: ValidateOpt = None,
+    held_out: HeldOutOpt = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws calibration windows, and random plans.")] = 0,
     calib: CalibOpt = None,
     nsamples: SamplesOpt = 128,
     seqlen: SeqlenOpt = 2048,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the plan to this file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the plan; a frontier as .html, or else as JSON.")
+    ] = None,
     explain: Annotated[str | None, typer.Option(help="Show which rules bear on this module.")] = None,
     engine: EngineOpt = None,
     tp: TpOpt = 1,
@@ -80,25 +99,43 @@ def plan(
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
 ) -> None:
-    """Resolve a plan on a model: which module gets which format, and why; or find one for --bits or --size.
+    """Resolve a plan on a model: which module gets which format, and why; or find one for --bits, --size or --max-kl.
 
     With --engine it lists what the engine would not take, and ends with code 2 where there is something; what it finds
     the engine takes. --config then decides the modules that its overrides name.
     """
-    wish = wish_from(bits, size, method, formats=formats, floors=floor, ceilings=ceiling, table=table, seed=seed)
-    refuse_with(wish, {"--scheme": scheme is not None, "--legalize": legalize})
+    serving = serving_from(engine, tp, gpu, legalize=legalize)
+    layout_name = None if layout is Format.AUTO else layout.value
+    request = request_from(
+        bits,
+        size,
+        method,
+        max_kl=max_kl,
+        is_frontier=sweep,
+        validate=validate,
+        held_out=held_out,
+        formats=formats,
+        floors=floor,
+        ceilings=ceiling,
+        table=table,
+        serving=serving,
+        layout=layout_name,
+        seed=seed,
+    )
+    refuse_with(request, {"--scheme": scheme is not None, "--legalize": legalize})
     if output is not None:
         check_single_file(output, overwrite=overwrite)
-    prepared = prepare(resolve_model(model), base_plan(wish, config, scheme))
-    serving = serving_from(engine, tp, gpu, legalize=legalize)
+    prepared = prepare(resolve_model(model), base_plan(request, config, scheme))
     changes: tuple[str, ...] = ()
-    layout_name = None if layout is Format.AUTO else layout.value
     proposal: Proposal | None = None
-    if wish is not None:
+    if request is not None:
         with progress_bar("planning", quiet=quiet or as_json) as progress:
             calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed)
             means = Means(calibration, Recipe(), torch_device(device), dtype.value, seed, progress)
-            proposal = wish.proposal(prepared, serving, layout_name, means)
+            if sweep:
+                _show_frontier(frontier(request, prepared, means), output, as_json=as_json)
+                return
+            proposal = propose(request, prepared, means)
         prepared, changes = proposal.prepared, proposal.notes
     elif serving is not None and legalize:
         prepared, changes = serving.legalized(prepared)
@@ -108,19 +145,43 @@ def plan(
         _explain(prepared, explain, as_json=as_json)
         return
     violations = [] if serving is None else serving.violations(prepared, layout_name)
+    _show(prepared, proposal, changes, serving, violations, as_json=as_json)
+    if violations:
+        raise typer.Exit(2)
+
+
+def _show(
+    prepared: Prepared,
+    proposal: Proposal | None,
+    changes: tuple[str, ...],
+    serving: Serving | None,
+    violations: Sequence[Violation],
+    *,
+    as_json: bool,
+) -> None:
     if as_json:
         schemes = {name: None if s is None else str(s) for name, s in prepared.schemes.items()}
         found = [{"module": v.module, "modules": v.num_modules, "rule": v.rule, "remedy": v.remedy} for v in violations]
         facts: dict[str, Any] = {} if serving is None else {"violations": found, "legalized": changes}
         facts |= {} if proposal is None else {"proposal": proposal.facts}
         print_json({"schemes": schemes, **facts} if facts else schemes)
+        return
+    print_sizes(plan_sizes(prepared))
+    print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
+    if serving is not None:
+        print_violations(serving.profile.name, violations)
+
+
+def _show_frontier(found: Frontier, output: Path | None, *, as_json: bool) -> None:
+    if output is not None:
+        if output.suffix == ".html":
+            write_frontier(found.to_dict(), output)
+        else:
+            write_json(output, found.to_dict())
+    if as_json:
+        print_json(found.to_dict())
     else:
-        print_sizes(plan_sizes(prepared))
-        print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
-        if engine is not None:
-            print_violations(engine.value, violations)
-    if violations:
-        raise typer.Exit(2)
+        print_frontier(found)
 
 
 def _explain(prepared: Prepared, name: str, *, as_json: bool) -> None:

@@ -10,9 +10,18 @@ from typing import Annotated
 
 import typer
 
-from alphaquant.allocation import Means
+from alphaquant.allocation import Means, propose
 from alphaquant.checkpoint import resolve_model
-from alphaquant.cli.allocation import BitsOpt, FormatsOpt, SizeOpt, TableOpt, base_plan, refuse_with, wish_from
+from alphaquant.cli.allocation import (
+    BitsOpt,
+    FormatsOpt,
+    SizeOpt,
+    TableOpt,
+    ValidateOpt,
+    base_plan,
+    refuse_with,
+    request_from,
+)
 from alphaquant.cli.options import (
     CalibOpt,
     ConfigOpt,
@@ -64,6 +73,7 @@ def quantize(
     size: SizeOpt = None,
     formats: FormatsOpt = None,
     table: TableOpt = None,
+    validate: ValidateOpt = None,
     method: Annotated[Method, typer.Option(help="GPTQ, or round to nearest.")] = Method.GPTQ,
     effort: Annotated[Effort, typer.Option(help="Spent on scales and refinement.")] = Effort.DEFAULT,
     calib: CalibOpt = None,
@@ -101,20 +111,22 @@ def quantize(
     """
     if output is None and save is None:
         raise OutputError("there is nothing to write to", remedy="give -o DIR, or --save FILE.pt, or both")
-    wish = wish_from(bits, size, None, formats=formats, floors=None, ceilings=None, table=table, seed=seed)
-    refuse_with(wish, {"--scheme": scheme is not None, "--legalize": legalize, "--dry-run": dry_run})
-    prepared = prepare(resolve_model(model), base_plan(wish, config, scheme))
     serving = serving_from(engine, tp, gpu, legalize=legalize)
-    target = _output_directory(output, save, prepared, overwrite=overwrite)
     layout_name = None if layout is Format.AUTO else layout.value
+    request = request_from(
+        bits, size, validate=validate, formats=formats, table=table, serving=serving, layout=layout_name, seed=seed
+    )
+    refuse_with(request, {"--scheme": scheme is not None, "--legalize": legalize, "--dry-run": dry_run})
+    prepared = prepare(resolve_model(model), base_plan(request, config, scheme))
+    target = _output_directory(output, save, prepared, overwrite=overwrite)
     run_device = torch_device(device)
     recipe = Recipe(method=method, effort=effort, routing_power=routing_weight, backend=kernels)
     calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed, balance)
     changes: tuple[str, ...] = ()
-    if wish is not None:
+    if request is not None:
         with progress_bar("planning", quiet=quiet or as_json) as progress:
             means = Means(calibration, recipe, run_device, dtype.value, seed, progress)
-            found = wish.proposal(prepared, serving, layout_name, means)
+            found = propose(request, prepared, means)
         prepared, changes = found.prepared, found.notes
     elif serving is not None and legalize:
         prepared, changes = serving.legalized(prepared)

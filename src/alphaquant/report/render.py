@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from alphaquant.report.read import QualityRow, Run
 
-__all__ = ["write_comparison", "write_report"]
+__all__ = ["write_comparison", "write_page", "write_report"]
 
 _MAX_EVENT_ROWS = 500
 
@@ -98,7 +98,13 @@ def _context(run: Run, quality: list[QualityRow]) -> dict[str, Any]:
     }
 
 
-def _write(name: str, context: dict[str, Any], folder: Path) -> list[Path]:
+def write_page(name: str, context: dict[str, Any], path: Path) -> None:
+    """Write the template of that name to a file."""
+    found = {"version": version("alphaquant-moe"), **context}
+    write_text(path, _environment().get_template(f"{name}.jinja").render(found).strip() + "\n")
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("alphaquant.report"),
         autoescape=select_autoescape(("html.jinja",), default=False),
@@ -107,7 +113,11 @@ def _write(name: str, context: dict[str, Any], folder: Path) -> list[Path]:
         lstrip_blocks=True,
     )
     environment.filters |= FILTERS
-    texts = {}
+    return environment
+
+
+def _write(name: str, context: dict[str, Any], folder: Path) -> list[Path]:
+    environment, texts = _environment(), {}
     for file in (f"{name}.html", f"{name}.md"):
         texts[folder / file] = environment.get_template(f"{file}.jinja").render(context).strip() + "\n"
     _make(folder)
