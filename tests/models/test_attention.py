@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alphaquant.models import attention
 from alphaquant.models.attention import _scaled_dot_product
-from alphaquant.models.moe import _by_expert
+from alphaquant.models.moe import _by_expert, _can_group
 
 BLOCK = attention._QUERIES
 
@@ -89,11 +89,13 @@ def test_queries_that_follow_a_cache(window: int | None, dtype: torch.dtype) -> 
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_products_are_each_experts_own(counts: list[int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("width", [16, 13])  # the library's grouped product takes no odd one
+def test_grouped_products_are_each_experts_own(counts: list[int], dtype: torch.dtype, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(sum(counts), 16, generator=generator).to(dtype)
-    w = torch.randn(3, 8, 16, generator=generator).to(dtype)
-    found = _by_expert(x, counts, lambda rows, expert: torch.nn.functional.linear(rows, w[expert]))
+    x = torch.randn(sum(counts), width, generator=generator).to(dtype)
+    w = torch.randn(3, 8, width, generator=generator).to(dtype)
+    assert _can_group(x, w) == (width == 16 and hasattr(torch.nn.functional, "grouped_mm"))
+    found = _by_expert(x, torch.tensor(counts), w)
     assert found.shape == (sum(counts), 8)
     parts = zip(x.double().split(counts), w.double(), strict=True)
     truth = torch.cat([rows @ w_OI.T for rows, w_OI in parts])

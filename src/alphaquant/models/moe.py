@@ -15,13 +15,13 @@ from alphaquant.models.spec import MLPSpec, MoESpec, Scoring, Source
 from alphaquant.models.tap import Routing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from alphaquant.models.tap import Tap
 
 __all__ = ["Choice", "feed_forward", "route"]
 
-_ROWS = 128
+_GROUPED = (torch.bfloat16, torch.float16, torch.float32)
 _TINY = 1e-20  # sigmoids may all be zero
 
 
@@ -117,12 +117,9 @@ def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap
         routing = Routing(counts_E, choice.score_TK.flatten().index_select(0, order_R))
         tap(Source.MLP_IN, x_TD)
         tap(Source.EXPERT_IN, x_RD, routing)
-        tap(Source.EXPERT_HIDDEN, _expert_hidden(x_RD, counts_E.tolist(), weights), routing)
+        tap(Source.EXPERT_HIDDEN, _expert_hidden(x_RD, counts_E, weights), routing)
         return x_TD
-    counts = counts_E.tolist()
-    hidden_RF = _expert_hidden(x_RD, counts, weights)
-    downs = weights["mlp.experts.down_proj.weight"].unbind()
-    out_RD = _by_expert(hidden_RF, counts, lambda rows, e: F.linear(rows, downs[e]))
+    out_RD = _by_expert(_expert_hidden(x_RD, counts_E, weights), counts_E, weights["mlp.experts.down_proj.weight"])
     # gathers and a sum in fixed order give the same result on every device; scattered adds would not
     place_TK = order_R.argsort().view_as(choice.topk_ids_TK)
     score_TK = choice.score_TK.to(x_TD.dtype)
@@ -132,23 +129,24 @@ def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap
     return total_TD
 
 
-def _expert_hidden(x_RD: Tensor, counts: list[int], weights: Mapping[str, Tensor]) -> Tensor:
-    gates, ups = (weights[f"mlp.experts.{name}.weight"].unbind() for name in ("gate_proj", "up_proj"))
-    return _by_expert(x_RD, counts, lambda rows, e: F.silu(F.linear(rows, gates[e])) * F.linear(rows, ups[e]))
+def _expert_hidden(x_RD: Tensor, counts_E: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    gate, up = (_by_expert(x_RD, counts_E, weights[f"mlp.experts.{name}.weight"]) for name in ("gate_proj", "up_proj"))
+    return F.silu(gate) * up
 
 
-def _by_expert(x_RI: Tensor, counts: list[int], compute: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """`compute` of each expert on its own rows; rows are sorted by expert.
+def _by_expert(x_RI: Tensor, counts_E: Tensor, w_EOI: Tensor) -> Tensor:
+    """Each row times the weight of its expert `[R, O]`; rows are sorted by expert."""
+    if _can_group(x_RI, w_EOI):
+        return F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=counts_E.cumsum(0, dtype=torch.int32))
+    parts = zip(x_RI.split(counts_E.tolist()), w_EOI.unbind(), strict=True)
+    return torch.cat([F.linear(rows, w_OI) for rows, w_OI in parts])
 
-    It is given a few rows of the next expert along, up to a multiple of `_ROWS`, and what it makes of them is
-    dropped: CPU libraries compile a kernel for each new number of rows, which costs more than the rows.
-    """
-    total, stop, parts = x_RI.shape[0], 0, []
-    for expert, count in enumerate(counts):
-        start, stop = stop, stop + count
-        rows = -(-count // _ROWS) * _ROWS
-        begin = total - rows if start + rows > total else start
-        if begin < 0:
-            begin, rows = start, count
-        parts.append(compute(x_RI[begin : begin + rows], expert)[start - begin : stop - begin])
-    return torch.cat(parts)
+
+def _can_group(x_RI: Tensor, w_EOI: Tensor) -> bool:
+    """Whether the library has one product for all experts (torch 2.10), for these types, sizes and places."""
+    if not hasattr(F, "grouped_mm") or x_RI.dtype not in _GROUPED or not len(x_RI):
+        return False
+    if x_RI.device.type == "cuda" and torch.cuda.get_device_capability(x_RI.device) < (8, 0):
+        return False
+    places = (x_RI.data_ptr(), w_EOI.data_ptr(), *(size * x_RI.itemsize for size in w_EOI.shape[1:]))
+    return all(place % 16 == 0 for place in places)
