@@ -8,21 +8,14 @@ import torch
 
 import alphaquant
 from alphaquant.calibration import load_tokenizer
-from alphaquant.pipeline import Calibration, evaluate_checkpoint, prepare, quantize_checkpoint
-from alphaquant.plan import Plan
-from alphaquant.solver import Recipe
 
-model = Path(str(files("alphaquant") / "data" / "demo-model"))
+model = files("alphaquant") / "data" / "demo-model"
 with TemporaryDirectory() as folder:
     out = Path(folder) / "int3"
-    result = quantize_checkpoint(
-        prepare(model, Plan.from_shorthand("int3:g64")),
-        out,
-        recipe=Recipe(),
-        calibration=Calibration("bundled", num_samples=32, seqlen=256),
-    )
+    calibration = alphaquant.Calibration("bundled", num_samples=32, seqlen=256)
+    result = alphaquant.quantize(model, out, "int3:g64", calibration=calibration)
     print(f"{result.report['sizes']['bits_per_weight']:.2f} bits a quantized weight")
-    quality = evaluate_checkpoint(out, data="bundled", seqlen=256, max_windows=40, against=model)
+    quality = alphaquant.evaluate(out, data="bundled", seqlen=256, windows=40, against=model)
     print(f"perplexity {quality.perplexity:.2f}, original {quality.agreement.original_perplexity:.2f}")
 
     tokenizer = load_tokenizer(out)
