@@ -12,6 +12,7 @@ from alphaquant.solver.method import (
     Recipe,
     damping_by_evidence,
     experts_a_part,
+    is_thin,
     quantize_stack,
 )
 from alphaquant.solver.refine import refine, refit_scales
@@ -38,6 +39,7 @@ __all__ = [
     "experts_a_part",
     "factorize",
     "hessian_loss",
+    "is_thin",
     "quantize_stack",
     "refine",
     "refit_scales",

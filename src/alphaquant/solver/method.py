@@ -34,6 +34,7 @@ __all__ = [
     "Recipe",
     "damping_by_evidence",
     "experts_a_part",
+    "is_thin",
     "quantize_stack",
 ]
 
@@ -156,7 +157,7 @@ def quantize_stack(
         fallback_E = torch.zeros(num_experts, dtype=torch.bool)
         rounded_E = torch.ones(num_experts, dtype=torch.bool)
     else:
-        rounded_E = fallback_E = effective_E.cpu() < recipe.rtn_below * in_features
+        rounded_E = fallback_E = is_thin(effective_E.cpu(), in_features, recipe)
     at_once = experts_a_part(out_features, in_features, workspace)
     order, parts = [], []
     for is_rounded in (True, False):
@@ -175,6 +176,11 @@ def quantize_stack(
 def damping_by_evidence(effective_E: Tensor, in_features: int, recipe: Recipe) -> Tensor:
     """Damping by evidence: the fewer samples an input has, the less its correlations are trusted."""
     return (recipe.damping_evidence * in_features / effective_E.clamp_min(1)).clamp_min(recipe.damping).float()
+
+
+def is_thin(effective_E: Tensor, in_features: int, recipe: Recipe) -> Tensor:
+    """Whether the evidence is too thin for GPTQ, so that an expert is rounded to nearest."""
+    return effective_E < recipe.rtn_below * in_features
 
 
 def _quantize_part(
