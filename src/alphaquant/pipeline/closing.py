@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from alphaquant.pipeline.rundir import RunDir
     from alphaquant.solver import Recipe
 
-__all__ = ["changed_sessions", "describe", "peak_memory_bytes", "plain", "session"]
+__all__ = ["changed_sessions", "describe", "model_facts", "peak_memory_bytes", "plain", "session"]
 
 # what of a session may change the last bits of a result
 _MACHINE = ("alphaquant", "torch", "device", "cpu", "threads")
@@ -75,12 +75,7 @@ def describe(prepared: Prepared, layout: Layout, run: RunDir, records: list[Laye
         "alphaquant": version("alphaquant-moe"),
         "torch": torch.__version__,
         "created": _now(),
-        "model": {
-            "path": str(checkpoint.path),
-            "family": spec.family,
-            "architecture": spec.architecture,
-            "digest": checkpoint.header_digest(),
-        },
+        "model": model_facts(prepared),
         "layout": layout.name,
         "sizes": _sizes(checkpoint, run, records),
         "summary": [asdict(row) for row in summarize(records, list(ModuleKind))],
@@ -89,6 +84,16 @@ def describe(prepared: Prepared, layout: Layout, run: RunDir, records: list[Laye
         "events": [{"module": m.name, "event": m.event} for r in records for m in r.modules if m.event is not None],
         "sessions": sessions,
         "peak_memory_bytes": max(peak_memory_bytes(), *(s.get("peak_memory_bytes", 0) for s in sessions)),
+    }
+
+
+def model_facts(prepared: Prepared) -> dict[str, Any]:
+    """Which model it is, as JSON."""
+    return {
+        "path": str(prepared.checkpoint.path),
+        "family": prepared.spec.family,
+        "architecture": prepared.spec.architecture,
+        "digest": prepared.checkpoint.header_digest(),
     }
 
 
