@@ -222,6 +222,11 @@ class ModelSpec:
         """Number of decoder layers."""
         return len(self.layers)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether any layer routes its tokens."""
+        return any(isinstance(layer.mlp, MoESpec) for layer in self.layers)
+
     def parameters(self, layer: int) -> tuple[Parameter, ...]:
         """All parameters of layer `layer`, in the order of the forward pass."""
         return tuple(_layer_parameters(self.hidden_size, self.layers[layer]))

@@ -12,8 +12,8 @@ import torch
 
 from alphaquant.calibration import token_digest
 from alphaquant.errors import ConfigError
-from alphaquant.models import MoESpec, expert_choice, read_layer, read_outer
-from alphaquant.pipeline.stream import Progress, attend, chunks, embed, feed, silent
+from alphaquant.models import MoESpec, expert_choice, read_outer
+from alphaquant.pipeline.stream import Progress, chunks, embed, silent, through
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def require_experts(spec: ModelSpec) -> None:
     Raises:
         ConfigError: the model is dense.
     """
-    if not any(isinstance(layer.mlp, MoESpec) for layer in spec.layers):
+    if not spec.has_experts:
         raise ConfigError(f"{spec.family} has no experts to balance", where="--balance", remedy="leave --balance out")
 
 
@@ -88,14 +88,9 @@ def _routing_counts(
     outer: LayerWeights = read_outer(source, spec, dtype, device)
     x_NLD = embed(ids_NL, outer["model.embed_tokens.weight"])
     counts: list[Tensor] = []
-    for layer in range(spec.num_layers):
-        progress("balance", layer, spec.num_layers, ids_NL.numel())
-        weights = read_layer(source, spec, layer, dtype, device)
-        attend(x_NLD, weights, spec, layer)
-        mlp = spec.layers[layer].mlp
-        if isinstance(mlp, MoESpec):
+    for layer, weights in through(x_NLD, source, spec, dtype, "balance", progress):
+        if isinstance(spec.layers[layer].mlp, MoESpec):
             counts.append(torch.cat([_count(x_NLD[cut], weights, spec, layer) for cut in chunks(*ids_NL.shape)]))
-        feed(x_NLD, weights, spec, layer)
     return torch.cat(counts, 1)
 
 

@@ -24,11 +24,10 @@ from alphaquant.models import (
     head_weight,
     load_decoder,
     logical,
-    read_layer,
     read_outer,
 )
 from alphaquant.pipeline.run import compute_dtype
-from alphaquant.pipeline.stream import Progress, attend, chunks, embed, feed, silent
+from alphaquant.pipeline.stream import Progress, chunks, embed, silent, through
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -156,13 +155,9 @@ def _final(
     work_dtype = compute_dtype(dtype, spec, device)
     outer: LayerWeights = read_outer(source, spec, work_dtype, device)
     x_NLD = embed(ids_NL, outer["model.embed_tokens.weight"])
-    for layer in range(spec.num_layers):
-        progress("evaluate", layer, spec.num_layers, ids_NL.numel())
-        weights = read_layer(source, spec, layer, work_dtype, device)
-        attend(x_NLD, weights, spec, layer)
+    for layer, weights in through(x_NLD, source, spec, work_dtype, "evaluate", progress):
         if chosen is not None:
             chosen.append(_chosen(x_NLD, weights, spec, layer))
-        feed(x_NLD, weights, spec, layer)
     for cut in chunks(*x_NLD.shape[:2]):
         x_NLD[cut] = head_input(x_NLD[cut], outer, spec)
     return x_NLD, head_weight(outer)

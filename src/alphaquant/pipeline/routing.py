@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alphaquant.errors import ConfigError
-from alphaquant.models import MoESpec, read_layer, read_outer
+from alphaquant.models import MoESpec, read_outer
+from alphaquant.pipeline.closing import model_facts
 from alphaquant.pipeline.collect import Collector
 from alphaquant.pipeline.run import calibration_facts, compute_dtype, draw_tokens
-from alphaquant.pipeline.stream import Progress, attend, embed, feed, silent
+from alphaquant.pipeline.stream import Progress, embed, feed, silent, through
 
 if TYPE_CHECKING:
     from alphaquant.pipeline.records import RoutingRecord
@@ -103,8 +104,7 @@ def measure_routing(
         CalibrationError, NumericsError: the text cannot be had; weights or activations hold NaN or infinity.
     """
     spec, device = prepared.spec, torch.device(device)
-    mixtures = {layer: spec.layers[layer].mlp for layer in range(spec.num_layers)}
-    if not any(isinstance(mlp, MoESpec) for mlp in mixtures.values()):
+    if not spec.has_experts:
         raise ConfigError(
             f"{spec.family} is dense: no token is routed",
             where=str(prepared.checkpoint.path),
@@ -114,24 +114,15 @@ def measure_routing(
     work_dtype = compute_dtype(dtype, spec, device)
     x_NLD = embed(tokens.ids, read_outer(prepared.source, spec, work_dtype, device)["model.embed_tokens.weight"])
     found = []
-    last = max(layer for layer, mlp in mixtures.items() if isinstance(mlp, MoESpec))
-    for layer in range(last + 1):
-        progress("route", layer, spec.num_layers, x_NLD.shape[0] * x_NLD.shape[1])
-        weights = read_layer(prepared.source, spec, layer, work_dtype, device)
-        attend(x_NLD, weights, spec, layer)
-        mlp = mixtures[layer]
+    last = max(layer for layer in range(spec.num_layers) if isinstance(spec.layers[layer].mlp, MoESpec))
+    for layer, weights in through(x_NLD, prepared.source, spec, work_dtype, "route", progress):
+        mlp = spec.layers[layer].mlp
         if isinstance(mlp, MoESpec):
             collector = Collector(spec.parameters(layer), {}, 1.0)
             feed(x_NLD, weights, spec, layer, tap=collector)
             record = collector.routing()
             assert record is not None
             found.append(LayerRouting(layer, mlp.top_k, spec.hidden_size, record))
-        if layer < last:
-            feed(x_NLD, weights, spec, layer)
-    model = {
-        "path": str(prepared.checkpoint.path),
-        "family": spec.family,
-        "architecture": spec.architecture,
-        "digest": prepared.checkpoint.header_digest(),
-    }
-    return RoutingReport(model, calibration_facts(calibration, tokens), found, tokens.warnings)
+        if layer == last:
+            break
+    return RoutingReport(model_facts(prepared), calibration_facts(calibration, tokens), found, tokens.warnings)

@@ -17,16 +17,16 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.errors import NumericsError
-from alphaquant.models import attention_half, mlp_half, rope_for
+from alphaquant.models import attention_half, mlp_half, read_layer, rope_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from alphaquant.models import LayerWeights, ModelSpec, Tap
+    from alphaquant.models import LayerWeights, ModelSpec, Tap, TensorSource
 
-__all__ = ["Clock", "Progress", "attend", "chunks", "embed", "feed", "silent"]
+__all__ = ["Clock", "Progress", "attend", "chunks", "embed", "feed", "silent", "through"]
 
 # Tokens that go through a layer together. Sums over tokens are made chunk by chunk, so it is part of the result.
 CHUNK_TOKENS = 8192
@@ -91,6 +91,28 @@ def attend(x_NLD: Tensor, weights: LayerWeights, spec: ModelSpec, layer: int, ta
 def feed(x_NLD: Tensor, weights: LayerWeights, spec: ModelSpec, layer: int, tap: Tap | None = None) -> None:
     """Feed-forward half of a layer on the whole stream, in place; with a `tap` the stream is only shown."""
     _each_chunk(x_NLD, lambda x: mlp_half(x, weights, spec, layer, tap=tap), f"layer {layer}, feed-forward", tap)
+
+
+@torch.no_grad()
+def through(
+    x_NLD: Tensor, source: TensorSource, spec: ModelSpec, dtype: torch.dtype, phase: str, progress: Progress = silent
+) -> Iterator[tuple[int, LayerWeights]]:
+    """Take a stream through a model as it is, in place; each layer is given between its two halves.
+
+    Args:
+        x_NLD: the stream before the first layer, where it is worked on.
+        source: the model's tensors.
+        spec: the model.
+        dtype: of the weights while they are worked on.
+        phase: what `progress` is told.
+        progress: is told which layer begins.
+    """
+    for layer in range(spec.num_layers):
+        progress(phase, layer, spec.num_layers, x_NLD.shape[0] * x_NLD.shape[1])
+        weights = read_layer(source, spec, layer, dtype, x_NLD.device)
+        attend(x_NLD, weights, spec, layer)
+        yield layer, weights
+        feed(x_NLD, weights, spec, layer)
 
 
 @torch.no_grad()
