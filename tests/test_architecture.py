@@ -24,7 +24,7 @@ ORDER = (
     ("demo",),
     ("",),
     ("api",),
-    ("report", "allocation"),
+    ("report", "allocation", "verification"),
     ("gptq",),
     ("pipeline",),
     ("evaluation", "calibration"),
@@ -50,7 +50,7 @@ ONLY = {
     "numerics": set(),
 }
 # Slow or optional packages: never imported by importing alphaquant.
-LAZY = {"datasets", "huggingface_hub", "lm_eval", "matplotlib", "scipy", "transformers", "triton"}
+LAZY = {"datasets", "huggingface_hub", "lm_eval", "matplotlib", "scipy", "transformers", "triton", "vllm"}
 # Modules of ours that need such a package whole: they import it, and are imported like it.
 LAZY_MODULES = {"alphaquant.solver.kernels"}
 

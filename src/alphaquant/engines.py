@@ -7,7 +7,7 @@ and no tensor, is needed here.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alphaquant.errors import ConfigError
@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
     Schemes = Mapping[str, Scheme | None]
 
-__all__ = ["FUSED", "PROFILES", "Legalized", "Profile", "TieGroup", "Violation", "engine_notes", "profile_of"]
+__all__ = [
+    "FUSED",
+    "PROFILES",
+    "Legalized",
+    "Profile",
+    "TieGroup",
+    "Violation",
+    "engine_notes",
+    "nameless_scheme",
+    "profile_of",
+]
 
 FUSED: Mapping[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -31,10 +41,14 @@ FUSED: Mapping[str, tuple[str, ...]] = {
 }
 """Linears that engines load as one matrix, by the name of that."""
 
+_NAMELESS_ATTENTION = ("deepseek",)
+"""Families whose attention vLLM 0.32 builds without giving its linears their names: rules by name miss them."""
+
 _FUSED_OF = {member: fused for fused, members in FUSED.items() for member in members}
 _ROW_PARALLEL = ("o_proj", "down_proj")  # split along their inputs under tensor parallelism, all others along outputs
 _LINEAR = (ModuleKind.ATTENTION, ModuleKind.MLP, ModuleKind.SHARED_EXPERT)
 _GATES = (ModuleKind.ROUTER, ModuleKind.SHARED_EXPERT_GATE)
+_ATTENTION = "*.self_attn.*"
 _MARLIN_GROUPS = (-1, 32, 64, 128)
 
 
@@ -89,6 +103,7 @@ class Profile:
             under so many tensor-parallel GPUs, or None.
         fuses: it loads q/k/v and gate/up as one matrix each.
         experts_of: experts share one scheme by "layer", or over the whole "model".
+        nameless_attention: it cannot tell attention linears apart, so that they share one scheme over the whole model.
         capabilities: the least CUDA compute capability (80 is 8.0) of formats that need more than the others.
     """
 
@@ -96,7 +111,12 @@ class Profile:
     layouts: Mapping[str, Callable[[Scheme, Module, int], str | None]]
     fuses: bool
     experts_of: str
+    nameless_attention: bool = False
     capabilities: Callable[[Scheme], int] = field(default=lambda scheme: 0)  # noqa: ARG005
+
+    def on(self, family: str) -> Profile:
+        """The profile for models of that family."""
+        return replace(self, nameless_attention=self.fuses and family in _NAMELESS_ATTENTION)
 
     def tie_groups(self, modules: Sequence[Module]) -> list[TieGroup]:
         """The sets of modules that must share one scheme; modules in none of them are free."""
@@ -196,6 +216,8 @@ class Profile:
         if module.kind is ModuleKind.EXPERT:
             prefix = module.alias[: module.alias.rindex(".experts.")] + ".experts.*"
             return prefix if self.experts_of == "layer" else "*.mlp.experts.*"
+        if self.nameless_attention and module.kind is ModuleKind.ATTENTION:
+            return _ATTENTION
         parent, _, leaf = module.alias.rpartition(".")
         if self.fuses and module.kind in _LINEAR and leaf in _FUSED_OF:
             return f"{parent}.{_FUSED_OF[leaf]}"
@@ -203,6 +225,8 @@ class Profile:
 
     def _group(self, key: str, members: Sequence[Module]) -> TieGroup:
         names = tuple(module.name for module in members)
+        if key == _ATTENTION:
+            return TieGroup(names, (key,), f"{self.name} cannot tell the attention linears of this family apart")
         if key.endswith(".*"):
             scope = "of a layer" if self.experts_of == "layer" else "of all layers"
             return TieGroup(names, (key,), f"{self.name} gives all experts {scope} the scheme of the first one")
@@ -274,10 +298,21 @@ def profile_of(name: str) -> Profile:
     return PROFILES[name]
 
 
-def engine_notes(schemes: Schemes, modules: Sequence[Module], layout: str) -> dict[str, list[str]]:
+def nameless_scheme(schemes: Schemes, modules: Sequence[Module], family: str) -> Schemes:
+    """By the empty name, the scheme of linears that reach vLLM without a name, where they share one; else nothing.
+
+    Rules by name meet it as ``^$``.
+    """
+    if family not in _NAMELESS_ATTENTION:
+        return {}
+    found = {schemes[module.name] for module in modules if module.kind is ModuleKind.ATTENTION}
+    return {"": found.pop()} if len(found) == 1 else {}
+
+
+def engine_notes(schemes: Schemes, modules: Sequence[Module], layout: str, family: str = "") -> dict[str, list[str]]:
     """For every single engine what it would not take of a directory in this layout, in words, on one GPU."""
     return {
-        name: [str(violation) for violation in profile.violations(schemes, modules, layout=layout)]
+        name: [str(violation) for violation in profile.on(family).violations(schemes, modules, layout=layout)]
         for name, profile in PROFILES.items()
         if name != "any"
     }

@@ -7,6 +7,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "EngineError",
     "NumericsError",
     "OutputError",
     "PlanError",
@@ -65,3 +66,7 @@ class NumericsError(AlphaQuantError):
 
 class OutputError(AlphaQuantError):
     """The output directory cannot be written, or holds something else."""
+
+
+class EngineError(AlphaQuantError):
+    """An engine does not load a checkpoint, or computes something else than its weights say."""

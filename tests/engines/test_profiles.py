@@ -13,6 +13,7 @@ from alphaquant.errors import ConfigError
 from alphaquant.formats import FORMATS, Activation, Scheme
 from alphaquant.models import detect
 from alphaquant.plan import Plan
+from alphaquant.rules import Override
 from pipeline import tiny
 
 VLLM, TRANSFORMERS, ANY = (PROFILES[name] for name in ("vllm", "transformers", "any"))
@@ -221,3 +222,24 @@ def test_no_tensor_is_needed():
         )
     }  # fmt: skip
     assert "torch" not in imported
+
+
+# --- Linears that vLLM builds without their names ---------------------------------------------------------------------
+
+
+def test_attention_without_names_shares_one_scheme():
+    """The first DeepSeek-MoE in vLLM: only a rule for the empty name reaches q, k, v and o."""
+    schemes, modules, plan = resolved({"pattern": "model.layers.1.self_attn.o_proj", "wq": "int8"}, family="deepseek")
+    profile = VLLM.on("deepseek")
+    assert VLLM.violations(schemes, modules) == VLLM.on("olmoe").violations(schemes, modules) == []
+    (found,) = profile.violations(schemes, modules)
+    assert (found.num_modules, "cannot tell the attention linears" in found.rule) == (8, True)
+    assert engines.nameless_scheme(schemes, modules, "deepseek") == {}
+    changes = profile.legalize(schemes, modules)
+    after = plan.model_copy(update={"overrides": (*plan.overrides, *map(Override.model_validate, changes.overrides))})
+    legal = dict(after.resolve(modules).schemes)
+    assert profile.violations(legal, modules) == []
+    assert str(engines.nameless_scheme(legal, modules, "deepseek")[""]) == "int8 g32"
+    assert engines.nameless_scheme(legal, modules, "olmoe") == {}
+    assert "any" not in engines.engine_notes(schemes, modules, "compressed-tensors", "deepseek")
+    assert engines.engine_notes(schemes, modules, "compressed-tensors", "deepseek")["vllm"]

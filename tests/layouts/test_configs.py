@@ -246,3 +246,22 @@ def test_humming_fuses_only_whole_sets():
     a, b = scheme("int4", 128), scheme("int8", 128)
     config = config_of("humming", {"l.0.kv_a_proj_with_mqa": a, "l.0.o_proj": b, "l.1.o_proj": b})
     assert list(config["dynamic"]) == [r"+:^l\.\d+\.kv_a_proj_with_mqa$"]
+
+
+# --- Modules that reach an engine without a name ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nameless", [None, scheme("int8", 64)])
+def test_the_empty_name_is_met_by_a_rule_of_its_own(nameless):
+    """As a plain entry it would stand in every name, and ignore the whole model."""
+    schemes = {name: scheme("int4", 64) for name in moe_names(2, 2)} | {"": nameless}
+    config = config_of("compressed-tensors", schemes)
+    groups = config["config_groups"].values()
+    owners = [g["weights"]["num_bits"] for g in groups if any(matches(target, "") for target in g["targets"])]
+    assert (owners, "re:^$" in config["ignore"]) == (([], True) if nameless is None else ([8], False))
+    config = config_of("humming", schemes)
+    assert config["dynamic"].get("-:^$" if nameless is None else "+:^$") == (
+        {} if nameless is None else {"b_dtype": "uint8"}
+    )
+    for layout in ("compressed-tensors", "humming"):
+        assert "" not in config_of(layout, schemes)["ignore"]

@@ -318,3 +318,20 @@ def test_it_still_loads_after_a_move(runs, tmp_path):
     assert moved.logits(ids).dtype == torch.bfloat16
     generated = moved.generate(ids[:1], 5)
     assert generated.shape == (1, 29)
+
+
+def test_code_that_the_config_names_travels_along(tmp_path):
+    """An engine asks for it, as for the first DeepSeek-MoE; code that nothing names stays where it is."""
+    for name, extra in (("plain", {}), ("own", {"auto_map": {"AutoConfig": "configuration_deepseek.C"}})):
+        model = tiny.write_model(tmp_path / name, "deepseek", **extra)
+        (model / "configuration_deepseek.py").write_text("raise SystemExit('run')\n")
+        tiny.quantize(model, tmp_path / f"{name}-out", "int4:g32", None)
+        export_checkpoint(tmp_path / f"{name}-out", tmp_path / f"{name}-dense", "dense")
+        for made in ("out", "dense"):
+            assert (tmp_path / f"{name}-{made}" / "configuration_deepseek.py").exists() == (name == "own")
+
+
+def test_linears_without_a_name_in_the_engine_get_their_rule(tmp_path):
+    tiny.quantize(tiny.write_model(tmp_path / "model", "deepseek"), tmp_path / "out", "int4:g32", None)
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert "re:^$" in quantization["config_groups"]["group_0"]["targets"]

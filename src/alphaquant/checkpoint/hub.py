@@ -25,6 +25,7 @@ SIDE_FILES = (
 )
 """Of tokenizer and generation: what goes along with the weights."""
 
+_CODE = "configuration_*.py"  # never run here: engines that serve the result ask for it
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Subfolders hold other formats of the same weights, and so do Mistral's consolidated files.
 _OTHER_WEIGHTS = ("*/*", "consolidated*", "adapter_model*")
@@ -75,7 +76,7 @@ def _fetch(hub_id: str) -> Path:
     """The snapshot in the hub's cache, with all that is needed of it."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow to import; not needed for a local model)
 
-    directory = Path(snapshot_download(hub_id, allow_patterns=["config.json", INDEX, *SIDE_FILES]))
+    directory = Path(snapshot_download(hub_id, allow_patterns=["config.json", INDEX, *SIDE_FILES, _CODE]))
     index = directory / INDEX
     shards = sorted(set(read_weight_map(index).values())) if index.is_file() else ["*.safetensors"]
     # by the commit that was found: weights and configuration are of one state even if the hub changes in between

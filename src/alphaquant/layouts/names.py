@@ -43,10 +43,13 @@ class NamePatterns:
         return [_regex(template, indices, leaves) for (template, indices), leaves in merged.items()]
 
     def cover_marked(self, names: Iterable[str]) -> list[str]:
-        """``cover`` for lists that take plain names too: expressions after ``re:``, names without a dot as they are."""
+        """``cover`` for lists that take plain names too: expressions after ``re:``, names without a dot as they are.
+
+        The empty name is an expression as well: readers look for plain names anywhere in a name.
+        """
         names = list(names)
-        plain = [name for name in names if "." not in name]
-        return [*plain, *(f"re:{pattern}" for pattern in self.cover(name for name in names if "." in name))]
+        plain = [name for name in names if name and "." not in name]
+        return [*plain, *(f"re:{pattern}" for pattern in self.cover(name for name in names if name not in plain))]
 
 
 def _by_template(names: Iterable[str]) -> dict[_Template, set[_Indices]]:

@@ -80,7 +80,7 @@ def describe(prepared: Prepared, layout: Layout, run: RunDir, records: list[Laye
         "sizes": _sizes(checkpoint, run, records),
         "summary": [asdict(row) for row in summarize(records, list(ModuleKind))],
         "audit": _audit(prepared, records, layout, run.tensor_names),
-        "engines": engine_notes(prepared.schemes, list(spec.modules()), layout.name),
+        "engines": engine_notes(prepared.schemes, list(spec.modules()), layout.name, spec.family),
         "events": [{"module": m.name, "event": m.event} for r in records for m in r.modules if m.event is not None],
         "sessions": sessions,
         "peak_memory_bytes": max(peak_memory_bytes(), *(s.get("peak_memory_bytes", 0) for s in sessions)),

@@ -110,7 +110,7 @@ def export_checkpoint(source: Path, out: Path, layout_name: str | None, *, overw
             if name not in ("manifest.json", "modules.json"):
                 content = _read_note(note)
                 if name == "report.json":
-                    engines = engine_notes(schemes, list(spec.modules()), layout.name)
+                    engines = engine_notes(schemes, list(spec.modules()), layout.name, spec.family)
                     content = _restated(content, layout, run.num_bytes) | {"engines": engines}
                 run.write_note(name, content)
         run.finish(checkpoint.config, source, spec, layout, schemes)

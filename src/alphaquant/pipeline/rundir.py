@@ -21,6 +21,7 @@ from alphaquant.checkpoint import (
     write_json,
     write_shard,
 )
+from alphaquant.engines import nameless_scheme
 from alphaquant.errors import AlphaQuantError, CheckpointError, OutputError
 from alphaquant.layouts import module_table
 from alphaquant.pipeline.manifest import MANIFEST, Manifest, check_files, file_sha256
@@ -193,7 +194,8 @@ class RunDir:
         config = {key: value for key, value in config.items() if key != "quantization_config"}
         # named, so that no pattern for a layer's modules takes them for its own
         carried = {name.removesuffix(".weight"): None for name in sorted(self.tensor_names) if spec.is_carried(name)}
-        quantization = layout.quantization_config({**schemes, **carried}, {name: m.kind for name, m in modules.items()})
+        named = {**schemes, **carried, **nameless_scheme(schemes, list(modules.values()), spec.family)}
+        quantization = layout.quantization_config(named, {name: m.kind for name, m in modules.items()})
         if quantization is None:
             config |= {"dtype": str(spec.dtype).removeprefix("torch.")}
         else:
@@ -203,7 +205,7 @@ class RunDir:
         weight_map = {name: shard.name for shard in self.shards for name in shard.tensor_names}
         index = "model.safetensors.index.json"
         self._list(index, write_index(self.path / index, weight_map, self.num_bytes))
-        for name in SIDE_FILES:
+        for name in (*SIDE_FILES, *_code_files(config, source)):
             if source is not None and (source / name).is_file():
                 self._list(name, write_bytes(self.path / name, (source / name).read_bytes()))
         self._list("config.json", write_json(self.path / "config.json", config, allow_nan=True))
@@ -219,6 +221,11 @@ class RunDir:
 
     def _list(self, name: str, sha256: str) -> None:
         self.manifest = replace(self.manifest, files=self.manifest.files | {name: sha256})
+
+
+def _code_files(config: Mapping[str, Any], source: Path | None) -> list[str]:
+    """Code that engines ask for where config.json names classes of its own: carried along, never run here."""
+    return [] if source is None or "auto_map" not in config else sorted(path.name for path in source.glob("*.py"))
 
 
 def _is_kept(staging: Path) -> bool:

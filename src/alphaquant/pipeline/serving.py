@@ -30,11 +30,15 @@ class Serving:
     def violations(self, prepared: Prepared, layout: str | None) -> list[Violation]:
         """What the engine would not take of a plan in this layout; in the best of its layouts for None."""
         modules = list(prepared.spec.modules())
-        return self.profile.violations(prepared.schemes, modules, tp=self.tp, layout=layout, gpu=self.gpu)
+        return self.profile.on(prepared.spec.family).violations(
+            prepared.schemes, modules, tp=self.tp, layout=layout, gpu=self.gpu
+        )
 
     def legalized(self, prepared: Prepared) -> tuple[Prepared, tuple[str, ...]]:
         """The plan with overrides at its end that the engine asks for, and what they change, in words."""
-        found = self.profile.legalize(prepared.schemes, list(prepared.spec.modules()), tp=self.tp)
+        found = self.profile.on(prepared.spec.family).legalize(
+            prepared.schemes, list(prepared.spec.modules()), tp=self.tp
+        )
         added = tuple(Override.model_validate(override) for override in found.overrides)
         plan = prepared.plan.model_copy(update={"overrides": (*prepared.plan.overrides, *added)})
         return replace(prepared, plan=plan, resolved=resolve_plan(plan, prepared.spec)), found.changes
