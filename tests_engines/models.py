@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file, save_file
+
 from pipeline import tiny
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """What each family's config.json has beside `tiny.CONFIGS` and the common sizes."""
 
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+
 # transformers has no class for the first DeepSeek-MoE; its checkpoints bring one along, and engines ask for it.
 _DEEPSEEK_CONFIG = """from transformers import PretrainedConfig
 
@@ -61,6 +65,12 @@ def write(directory: Path, family: str, **overrides: Any) -> Path:
         | overrides
     )
     tiny.write_model(directory, family if family in tiny.CONFIGS else "llama", **sizes)
+    weights = directory / "model.safetensors"
+    tensors = load_file(weights)
+    for name in tensors:
+        if name.endswith(".gate.weight"):  # routers that choose clearly: rounding is then no reason for another expert
+            tensors[name] *= 4
+    save_file(tensors, weights, {"format": "pt"})
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[unk]"})
     )

@@ -16,6 +16,7 @@ from alphaquant.report import duration, human_bytes, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
     from typing import Any
 
     from rich.progress import Task
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from alphaquant.evaluation import Quality
     from alphaquant.pipeline import KindSize, Metric, RoutingReport, RunStatus
     from alphaquant.pipeline import Progress as Report
+    from alphaquant.verification import Likeness, Stored
 
 __all__ = [
     "Meter",
@@ -41,6 +43,7 @@ __all__ = [
     "print_sizes",
     "print_status",
     "print_tasks",
+    "print_verified",
     "print_violations",
     "progress_bar",
 ]
@@ -124,6 +127,31 @@ def print_violations(engine: str, violations: Sequence[Violation]) -> None:
         out.print(Text.assemble((f"{v.module}{more}", "bold")), soft_wrap=True)
         out.print(f"  rule    {v.rule}", soft_wrap=True)
         out.print(f"  remedy  {v.remedy}", soft_wrap=True)
+
+
+def print_verified(directory: Path, stored: Stored, likeness: Likeness | None) -> None:
+    """What a look at a directory found, and what an engine made of it."""
+    for difference in stored.problems:
+        out.print(Text.assemble((difference.where, "bold"), f": {difference.what}"), soft_wrap=True)
+    if not stored.problems:
+        held = (
+            f"{stored.modules:,} modules hold the run's codes"
+            if stored.layout != "dense"
+            else "dense: no codes to hold"
+        )
+        older = f"; {stored.uncompared:,} have no hash to be held against" if stored.uncompared else ""
+        out.print(f"{directory}: every file is as it was written; {held}{older}", soft_wrap=True)
+    if likeness is None:
+        return
+    for note in likeness.notes:
+        out.print(f"note: {note}", soft_wrap=True)
+    logits = "" if likeness.logits is None else f", logits at most {likeness.logits:.1e} apart"
+    out.print(
+        f"{likeness.engine} beside the dense export: {100 * likeness.same_tokens:.0f}% of greedy texts the same, "
+        f"{100 * likeness.agreement:.1f}% of likeliest tokens, log-probabilities {likeness.mean_difference:.4f} nats "
+        f"apart on average{logits}: " + ("the same model" if likeness.is_same else "not the same model"),
+        soft_wrap=True,
+    )
 
 
 def print_result(report: dict[str, Any]) -> None:

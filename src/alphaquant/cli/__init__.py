@@ -15,6 +15,7 @@ from alphaquant.cli.outputs import export, report, status
 from alphaquant.cli.plan import plan
 from alphaquant.cli.quantize import quantize
 from alphaquant.cli.usage import USAGE_ERROR, usage_error
+from alphaquant.cli.verify import verify
 from alphaquant.errors import AlphaQuantError
 from alphaquant.numerics import keep_freed_memory
 from alphaquant.terminal import err, out, print_error
@@ -33,6 +34,7 @@ _VERBS: dict[str, tuple[Callable[..., None], str]] = {
     "inspect": (inspect, "Show a model's architecture, modules and sizes."),
     "plan": (plan, "Show which module gets which format, and why."),
     "export": (export, "Convert to another layout, losslessly."),
+    "verify": (verify, "Hold a directory against its run, and against an engine."),
     "demo": (demo, "Do it all on the small model that comes along."),
 }
 _HELP = """Quantize MoE and dense language models with GPTQ in mixed precision.

@@ -6,6 +6,7 @@ The float32 arithmetic here on the CPU is the specification: x / scale by one IE
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -53,6 +54,14 @@ class QuantizedTensor:
     zero: Tensor | None
     global_scale: Tensor | None
     scheme: Scheme
+
+    def sha256(self) -> str:
+        """A hash of codes, scales and zero points: the same in whatever layout they are stored."""
+        digest = hashlib.sha256(f"{self.scheme.format} {self.scheme.group_size} {self.scheme.symmetric}".encode())
+        for tensor in (self.codes, self.scale, self.zero, self.global_scale):
+            if tensor is not None:
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def effective_scale(self) -> Tensor:
         """What a grid value is multiplied by, float32 [..., O, G]."""

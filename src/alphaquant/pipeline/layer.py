@@ -270,5 +270,6 @@ class LayerQuantizer:
                 damping=float(outcome.damping_E[position]),
                 method=(Method.RTN if rounded else Method.GPTQ).value,
                 event=event,
+                sha256=result.quantized[name].sha256(),
             )
         )

@@ -44,6 +44,7 @@ class ModuleRecord:
         damping: relative damping used; 0 where rounded to nearest.
         method: `gptq` or `rtn`.
         event: why the method or the damping differs from what was asked for; None where it does not.
+        sha256: of codes, scales and zero points, in whatever layout; empty in records of older versions.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ModuleRecord:
     damping: float
     method: str
     event: str | None = None
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ def _load(directory: str, *, trust_remote_code: bool) -> Any:
     transformers: Any = import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     load = transformers.AutoModelForCausalLM.from_pretrained
-    return load(directory, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+    return load(directory, dtype=torch.float32, trust_remote_code=trust_remote_code).float().eval()
 
 
 def _greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
