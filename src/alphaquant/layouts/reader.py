@@ -8,14 +8,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from alphaquant.checkpoint import BlockScaled, Checkpoint, TensorInfo, unquantized
+from alphaquant.checkpoint import BlockScaled, Checkpoint, unquantized
 from alphaquant.errors import CheckpointError, PlanError
 from alphaquant.formats import Scheme, dequantize, parse_format
 from alphaquant.layouts.base import LAYOUTS, Layout
+from alphaquant.layouts.derived import Derived, DerivedSource
+from alphaquant.layouts.peers import is_peer, open_peer
 from alphaquant.layouts.stored import MISMATCH, dtype_name
 
 if TYPE_CHECKING:
@@ -70,7 +73,7 @@ def module_table(
     return {"version": _VERSION, "layout": layout, "modules": modules}
 
 
-class QuantizedCheckpoint:
+class QuantizedCheckpoint(DerivedSource):
     """A quantized checkpoint's tensors by their logical names: a `TensorSource` that de-quantizes as it reads.
 
     Args:
@@ -83,11 +86,10 @@ class QuantizedCheckpoint:
     """
 
     def __init__(self, checkpoint: Checkpoint, layout: Layout, modules: Mapping[str, StoredModule]) -> None:
-        self.checkpoint = checkpoint
         self.layout = layout
         self.modules = modules
-        stored: set[str] = set()
-        for module, (scheme, _) in modules.items():
+        derived: dict[str, Derived] = {}
+        for module, (scheme, shape) in modules.items():
             names = layout.tensor_names(module, scheme)
             missing = next((name for name in names if name not in checkpoint), None)
             if missing is not None:
@@ -96,9 +98,8 @@ class QuantizedCheckpoint:
                     where=str(checkpoint.path),
                     remedy=MISMATCH,
                 )
-            stored.update(names)
-        plain = (name for name in checkpoint.names() if name not in stored)
-        self._names = tuple(sorted([*plain, *(f"{module}.weight" for module in modules)]))
+            derived[module] = Derived(shape, names, partial(self._dequantized, module))
+        super().__init__(checkpoint, derived)
 
     @classmethod
     def open(cls, path: str | Path) -> QuantizedCheckpoint:
@@ -117,67 +118,6 @@ class QuantizedCheckpoint:
             )
         return cls(checkpoint, *table)
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The parsed config.json."""
-        return self.checkpoint.config
-
-    def names(self) -> tuple[str, ...]:
-        """All logical tensor names, sorted: a quantized module appears as ``<module>.weight``."""
-        return self._names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one logical tensor.
-
-        Raises:
-            CheckpointError: the checkpoint holds no such tensor.
-        """
-        module = self.modules.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        return module.shape if module is not None else self.checkpoint.info(name).shape
-
-    def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and stored bytes of one logical tensor: float32 where it is de-quantized.
-
-        Raises:
-            CheckpointError: the checkpoint holds no such tensor.
-        """
-        module = name.removesuffix(".weight")
-        if not name.endswith(".weight") or module not in self.modules:
-            return self.checkpoint.info(name)
-        scheme, shape = self.modules[module]
-        stored = sum(self.checkpoint.info(each).num_bytes for each in self.layout.tensor_names(module, scheme))
-        return TensorInfo(name, torch.float32, shape, stored)
-
-    def read(self, name: str) -> Tensor:
-        """One logical tensor in the dtype that `info` gives.
-
-        Raises:
-            CheckpointError: there is no such tensor, or it is not what its scheme implies.
-        """
-        module = name.removesuffix(".weight")
-        if not name.endswith(".weight") or module not in self.modules:
-            return self.checkpoint.read(name)
-        return dequantize(self.read_quantized(module))
-
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Read one logical tensor into ``out``: the float32 weight of a quantized module, cast once to its dtype.
-
-        Raises:
-            CheckpointError: there is no such tensor, or it is not what its scheme implies.
-        """
-        module = name.removesuffix(".weight")
-        if not name.endswith(".weight") or module not in self.modules:
-            self.checkpoint.read_into(name, out)
-            return
-        shape = self.modules[module].shape
-        if tuple(out.shape) != shape:
-            raise CheckpointError(
-                f"tensor {name!r} has shape {list(shape)}, but {list(out.shape)} is expected",
-                where=str(self.checkpoint.path),
-                remedy="check that config.json belongs to these weights",
-            )
-        out.detach().copy_(dequantize(self.read_quantized(module)))
-
     def read_quantized(self, module: str) -> QuantizedTensor:
         """Codes and scales of one quantized module, as they were stored.
 
@@ -193,11 +133,15 @@ class QuantizedCheckpoint:
         scheme, shape = self.modules[module]
         return self.layout.read(module, self.checkpoint.read, scheme, shape)
 
+    def _dequantized(self, module: str) -> Tensor:
+        return dequantize(self.read_quantized(module))
 
-def open_source(path: str | Path) -> Checkpoint | BlockScaled | QuantizedCheckpoint:
+
+def open_source(path: str | Path) -> Checkpoint | BlockScaled | DerivedSource:
     """The tensors of a checkpoint directory, de-quantized where ``alphaquant/modules.json`` says they are quantized.
 
-    Without that table it is an original, whose weights may be FP8 with scales for blocks.
+    Without that table it is an original, whose weights may be FP8 with scales for blocks, or one that another tool
+    has quantized to compressed-tensors or GPTQ.
 
     Raises:
         CheckpointError: the checkpoint or its module table is malformed, or they disagree.
@@ -205,7 +149,7 @@ def open_source(path: str | Path) -> Checkpoint | BlockScaled | QuantizedCheckpo
     checkpoint = Checkpoint.open(path)
     table = _read_table(checkpoint.path / MODULES_FILE)
     if table is None or table[0].name == "dense":  # a dense checkpoint's weights are plain tensors
-        return unquantized(checkpoint)
+        return open_peer(checkpoint) if is_peer(checkpoint) else unquantized(checkpoint)
     return QuantizedCheckpoint(checkpoint, *table)
 
 
