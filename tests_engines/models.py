@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file, save_file
-
 from pipeline import tiny
 
 if TYPE_CHECKING:
@@ -65,12 +63,6 @@ def write(directory: Path, family: str, **overrides: Any) -> Path:
         | overrides
     )
     tiny.write_model(directory, family if family in tiny.CONFIGS else "llama", **sizes)
-    weights = directory / "model.safetensors"
-    tensors = load_file(weights)
-    for name in tensors:
-        if name.endswith(".gate.weight"):  # routers that choose clearly: rounding is then no reason for another expert
-            tensors[name] *= 4
-    save_file(tensors, weights, {"format": "pt"})
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[unk]"})
     )

@@ -64,7 +64,8 @@ class Proposer:
         names = {module.name for module in self._modules}
         allowed = _allowed(prepared, candidates, serving, layout)
         allowed = _limited(self._modules, self.candidates, allowed, limits)
-        ties = [] if serving is None else [group.names for group in serving.profile.tie_groups(self._modules)]
+        profile = None if serving is None else serving.profile.on(prepared.spec.family)
+        ties = [] if profile is None else [group.names for group in profile.tie_groups(self._modules)]
         fixed = _fixed(prepared)
         self.problem: Problem = build_problem(
             table, ties, allowed, {name: bits for name, bits in fixed.items() if name in names}

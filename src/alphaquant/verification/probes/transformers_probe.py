@@ -53,7 +53,9 @@ def _load(directory: str, *, trust_remote_code: bool) -> Any:
     transformers: Any = import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     load = transformers.AutoModelForCausalLM.from_pretrained
-    return load(directory, dtype=torch.float32, trust_remote_code=trust_remote_code).float().eval()
+    model = load(directory, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+    # what it de-quantizes of MX formats stays in bf16, whatever was asked for, and it refuses `model.float()`
+    return torch.nn.Module.float(model)
 
 
 def _greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
