@@ -91,7 +91,7 @@ CHECKPOINTS = {
     "config is no JSON": (lambda model: (model / "config.json").write_text("{"), ("config.json", "not valid JSON")),
     "config is a list": (lambda model: (model / "config.json").write_text("[]"), ("config.json", "list")),
     "quantized already": (
-        lambda model: edit(model / "config.json", quantization_config={"quant_method": "gptq"}),
+        lambda model: edit(model / "config.json", quantization_config={"quant_method": "awq"}),
         ("is quantized already", "quantization_config", "original"),
     ),
 }

@@ -16,7 +16,7 @@ from alphaquant.pipeline import KindSize, evaluate_checkpoint, load
 from alphaquant.terminal import print_sizes
 from pipeline import tiny
 
-VERBS = ("quantize", "status", "eval", "report", "inspect", "plan", "export", "demo")
+VERBS = ("quantize", "status", "eval", "report", "inspect", "plan", "export", "verify", "demo")
 SMALL = ("--nsamples", 8, "--seqlen", 32)
 
 

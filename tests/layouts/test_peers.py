@@ -205,6 +205,11 @@ def test_damaged_gptq_is_named(tmp_path, changed, says):
         open_source(write(tmp_path / "c", tensors, {"quant_method": "gptq", "bits": 4})).read("m.weight")
 
 
+def test_a_checkpoint_that_is_not_what_it_says(tmp_path):
+    with pytest.raises(CheckpointError, match="no tensor of it is quantized"):
+        open_source(write(tmp_path / "c", {"m.weight": scales(O, I)}, {"quant_method": "gptq", "bits": 4}))
+
+
 def test_a_gptq_model_computes(tmp_path, llama):
     """The same codes under GPTQ's names: the same logits."""
     tiny.quantize(llama, tmp_path / "out", "int4:g32", None)

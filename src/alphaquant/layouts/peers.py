@@ -53,7 +53,10 @@ def open_peer(checkpoint: Checkpoint) -> DerivedSource:
         CheckpointError: it is of a kind that is not read, or its tensors are not what config.json says.
     """
     quantization = checkpoint.config["quantization_config"]
-    return DerivedSource(checkpoint, _METHODS[quantization["quant_method"]](checkpoint, quantization))
+    derived = _METHODS[quantization["quant_method"]](checkpoint, quantization)
+    if not derived:
+        raise _unread(checkpoint, "no tensor of it is quantized, whatever config.json says")
+    return DerivedSource(checkpoint, derived)
 
 
 def _unread(checkpoint: Checkpoint, why: str, where: str = "config.json, quantization_config") -> CheckpointError:

@@ -53,7 +53,11 @@ def _load(directory: str, *, trust_remote_code: bool) -> Any:
     transformers: Any = import_module("transformers")
     transformers.utils.logging.disable_progress_bar()
     load = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(directory, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+    settings: dict[str, Any] = {}
+    quantization = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if quantization is not None:  # all of it before the first product, which would else meet bf16 beside fp32
+        settings["quantization_config"] = transformers.CompressedTensorsConfig(run_compressed=False)
+    model = load(directory, dtype=torch.float32, trust_remote_code=trust_remote_code, **settings).eval()
     # what it de-quantizes of MX formats stays in bf16, whatever was asked for, and it refuses `model.float()`
     return torch.nn.Module.float(model)
 
