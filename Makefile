@@ -29,6 +29,7 @@ test-tasks: $(VENV)-tasks/.installed
 
 soak: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py --processes 2
 
 test-engines: $(VENV)/.installed-dev $(ENGINES)/.installed
 	$(BIN)/python -m pytest -p no:cacheprovider tests_engines --vllm $(ENGINES)/bin/python

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -52,6 +54,7 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 _UNLIMITED = 1000
+_MOST_KINDS = 8
 
 
 def print_error(error: AlphaQuantError) -> None:
@@ -182,7 +185,12 @@ def print_result(report: dict[str, Any]) -> None:
         tenth = f"lowest tenth {coverage['before']['lowest_tenth']:.0f} → {coverage['after']['lowest_tenth']:.0f}"
         out.print(f"experts {least}, {tenth}, by a choice among {coverage['drawn']} windows", soft_wrap=True)
     if report["events"]:
-        out.print(f"events {len(report['events'])}, the first: {report['events'][0]}", soft_wrap=True)
+        kinds = Counter(re.sub(r"\d+", "…", event["event"]) for event in report["events"])
+        out.print(f"events {len(report['events'])}", soft_wrap=True)
+        for kind, count in kinds.most_common(_MOST_KINDS):
+            out.print(f"       {count} × {kind}", soft_wrap=True)
+        if len(kinds) > _MOST_KINDS:
+            out.print(f"       and {len(kinds) - _MOST_KINDS} kinds more: --verbose lists all", soft_wrap=True)
 
 
 def print_status(status: RunStatus) -> None:

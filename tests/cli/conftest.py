@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 import sys
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
 
 from alphaquant.cli import main
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Result(NamedTuple):
@@ -54,15 +57,15 @@ def works(alphaquant):
 def fails(alphaquant, tmp_path):
     """Call the command, which must refuse: exit code 2, what is wrong and what to do, and nothing written.
 
-    A run that fails when layers are done `keeps` them, and says so.
+    A run that fails when layers are done `keeps` them, and says so; one that `logs` writes that file.
     """
 
-    def listing():
-        paths = [path for path in tmp_path.rglob("*") if not path.is_dir()]
+    def listing(logs):
+        paths = [path for path in tmp_path.rglob("*") if not path.is_dir() and path != logs]
         return {path: path.stat().st_mtime_ns for path in paths if ".partial/" not in path.as_posix()}
 
-    def run(*args: object, says: tuple[str, ...], keeps: bool = False) -> Result:
-        before = listing()
+    def run(*args: object, says: tuple[str, ...], keeps: bool = False, logs: Path | None = None) -> Result:
+        before = listing(logs)
         result = alphaquant(*args)
         assert result.code == 2, result
         assert result.out == "", result
@@ -75,7 +78,7 @@ def fails(alphaquant, tmp_path):
         assert any(line.startswith("  remedy: ") for line in lines), lines
         for text in says:
             assert text in result.err, (text, result.err)
-        assert listing() == before
+        assert listing(logs) == before
         return result
 
     return run

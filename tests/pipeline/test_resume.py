@@ -14,7 +14,7 @@ from alphaquant.errors import CalibrationError, CheckpointError, OutputError
 from alphaquant.pipeline import check_shards, export_checkpoint, run_status
 from alphaquant.pipeline import layer as layer_module
 from alphaquant.pipeline import run as run_module
-from alphaquant.solver import Effort, Method, Recipe
+from alphaquant.solver import Backend, Effort, Method, Recipe
 
 from . import tiny
 
@@ -186,6 +186,12 @@ def test_another_number_of_threads_is_recorded(stopped, olmoe, text):
     assert [session["threads"] for session in report["sessions"]] == [before, before + 1]
     assert [session["from_shard"] for session in report["sessions"]] == [0, 1]
     assert any(f"threads {before} → {before + 1}" in warning for warning in report["warnings"])
+
+
+def test_other_kernels_are_recorded(stopped, olmoe, text):
+    report = tiny.quantize(olmoe, stopped, PLAN, text, recipe=Recipe(backend=Backend.TORCH)).report
+    assert [session["kernels"] for session in report["sessions"]] == ["auto", "torch"]
+    assert any("kernels auto → torch" in warning for warning in report["warnings"])
 
 
 def test_fresh_starts_anew(stopped, olmoe, text, monkeypatch):

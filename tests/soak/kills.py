@@ -2,6 +2,7 @@
 
     python tests/soak/kills.py                  at every touch of the disk, and at 40 random instants
     python tests/soak/kills.py --points 4 --instants 2
+    python tests/soak/kills.py --processes 2    of a team, now the one and now the other
 
 A child is forked for every run, so that a kill costs no import. It dies by SIGKILL: by its own hand before or after the
 n-th write, sync, rename or removal, or by its parent's hand at some instant.
@@ -18,24 +19,23 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from alphaquant.pipeline import check_shards, run_status
+from alphaquant.pipeline import check_shards, run_status, stream
 from alphaquant.pipeline.manifest import Manifest
 from alphaquant.pipeline.staging import staging_of
 from alphaquant.solver import Effort, Recipe
 from pipeline import tiny
+from soak.forks import result_of, start, wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# what a run is not a function of: when, how long, in how many starts
-_PASSING = ("report.json", "manifest.json")
+    from alphaquant.pipeline.distributed import Team
 
 
 class Job(NamedTuple):
@@ -44,8 +44,10 @@ class Job(NamedTuple):
     model: Path
     text: Path
 
-    def __call__(self, out: Path) -> None:
-        tiny.quantize(self.model, out, tiny.SERVED_PLAN, self.text, num_samples=8, recipe=Recipe(effort=Effort.FAST))
+    def __call__(self, out: Path, team: Team) -> None:
+        tiny.quantize(
+            self.model, out, tiny.SERVED_PLAN, self.text, num_samples=8, recipe=Recipe(effort=Effort.FAST), team=team
+        )
 
 
 @contextmanager
@@ -75,44 +77,35 @@ def points(reached: Callable[[str], None]) -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def start(job: Job, out: Path, kill_at: int | None = None, counted: Path | None = None) -> int:
-    """Fork a child that runs the job, and dies at its n-th point; returns its number."""
-    child = os.fork()
-    if child:
-        return child
-    seen: list[str] = []
+class Runs(NamedTuple):
+    """How runs of a job are started: by so many processes."""
 
-    def reached(what: str) -> None:
-        if len(seen) == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        seen.append(what)
+    job: Job
+    processes: int
 
-    try:
-        with points(reached):
-            job(out)
-        if counted is not None:
-            counted.write_text(json.dumps(seen))
-        os._exit(0)
-    except BaseException:  # noqa: BLE001  (a child must never return into its parent's code)
-        traceback.print_exc()
-        os._exit(1)
+    def start(self, out: Path, kill_at: int | None = None, counted: Path | None = None) -> list[int]:
+        """Start a run whose first process, which writes, dies at its n-th point."""
 
+        def work(team: Team) -> None:
+            seen: list[str] = []
 
-def wait(child: int) -> bool:
-    """Whether a child ended well; False where it was killed.
+            def reached(what: str) -> None:
+                if len(seen) == kill_at and team.rank == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                seen.append(what)
 
-    Raises:
-        AssertionError: it failed by itself.
-    """
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert status in (0, -signal.SIGKILL), f"a run failed with {status}"
-    return status == 0
+            # few tokens a chunk, so that there are turns to take
+            stream.CHUNK_TOKENS = 64
+            with points(reached):
+                self.job(out, team)
+            if counted is not None and team.rank == 0:
+                counted.write_text(json.dumps(seen))
 
+        return start(work, self.processes)
 
-def result_of(out: Path) -> dict[str, bytes]:
-    """The bytes of everything that a run is a function of nothing but its inputs for."""
-    files = {p.relative_to(out).as_posix(): p for p in sorted(out.rglob("*")) if p.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if path.name not in (*_PASSING, "lock")}
+    def ends(self, out: Path, kill_at: int | None = None, counted: Path | None = None) -> bool:
+        """Whether a run ends well; False where it was killed."""
+        return not any(wait(self.start(out, kill_at, counted)))
 
 
 def committed(out: Path) -> int:
@@ -121,7 +114,7 @@ def committed(out: Path) -> int:
     return 0 if manifest is None else len(manifest.shards)
 
 
-def go_on(job: Job, out: Path, expected: dict[str, bytes]) -> None:
+def go_on(runs: Runs, out: Path, expected: dict[str, bytes]) -> None:
     """Let a killed run end, and check that no layer was lost, no byte differs, and nothing is left behind.
 
     Raises:
@@ -129,7 +122,7 @@ def go_on(job: Job, out: Path, expected: dict[str, bytes]) -> None:
     """
     if not out.exists():
         done = committed(out)
-        assert wait(start(job, out)), "it was not killed this time"
+        assert runs.ends(out), "it was not killed this time"
         report = json.loads((out / "alphaquant/report.json").read_text())
         assert report["sessions"][-1]["from_shard"] == done, f"{done} shards were committed: {report['sessions']}"
         assert {path.name for path in out.parent.iterdir()} == {out.name}
@@ -141,32 +134,34 @@ def go_on(job: Job, out: Path, expected: dict[str, bytes]) -> None:
     assert run_status(out).state == "complete"
 
 
-def main(num_points: int | None, num_instants: int, seed: int = 0) -> dict[str, float]:
+def main(num_points: int | None, num_instants: int, seed: int = 0, processes: int = 1) -> dict[str, float]:
     """Kill at so many points, evenly spread (None: at all of them), and at so many random instants."""
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        job = Job(tiny.write_model(folder / "model"), tiny.write_text(folder / "text", 1000))
+        runs = Runs(Job(tiny.write_model(folder / "model"), tiny.write_text(folder / "text", 1000)), processes)
+        # a team is held against one process, and may go on as another number of them
+        successors = [runs._replace(processes=number) for number in range(1, processes + 1)]
         begin = time.perf_counter()
-        assert wait(start(job, folder / "whole/out", counted=folder / "points.json"))
+        assert successors[0].ends(folder / "whole/out", counted=folder / "points.json")
         seconds = time.perf_counter() - begin
         expected = result_of(folder / "whole/out")
         seen = json.loads((folder / "points.json").read_text())
         chosen = range(len(seen)) if num_points is None else [k * len(seen) // num_points for k in range(num_points)]
         for point in chosen:
             out = folder / f"point-{point}" / "out"
-            assert not wait(start(job, out, kill_at=point)), f"point {point} was not reached"
-            go_on(job, out, expected)
+            assert not runs.ends(out, kill_at=point), f"point {point} was not reached"
+            go_on(successors[point % processes], out, expected)
             shutil.rmtree(out.parent)
         kills = len(chosen)
         for instant in range(num_instants):
             out = folder / f"instant-{instant}" / "out"
             wanted, struck = rng.choice((1, 1, 2, 3)), 0
             while struck < wanted and not (struck and out.exists()):
-                child = start(job, out)
+                children = runs.start(out)
                 time.sleep(rng.uniform(0, seconds))
-                os.kill(child, signal.SIGKILL)
-                if not wait(child):
+                os.kill(rng.choice(children), signal.SIGKILL)
+                if any(wait(children)):
                     struck += 1
                 elif struck:
                     break
@@ -174,7 +169,7 @@ def main(num_points: int | None, num_instants: int, seed: int = 0) -> dict[str, 
                     shutil.rmtree(out.parent)
                     seconds *= 0.8
             kills += struck
-            go_on(job, out, expected)
+            go_on(successors[instant % processes], out, expected)
             shutil.rmtree(out.parent)
     return {"points": len(seen), "kills": kills, "seconds": round(time.perf_counter() - begin, 1)}
 
@@ -184,5 +179,6 @@ if __name__ == "__main__":
     parser.add_argument("--points", type=int, help="kills at so many touches of the disk; by default at each")
     parser.add_argument("--instants", type=int, default=40, help="kills at so many random instants")
     parser.add_argument("--seed", type=int, default=0, help="draws the instants")
+    parser.add_argument("--processes", type=int, default=1, help="processes of a run")
     given = parser.parse_args()
-    sys.stdout.write(json.dumps(main(given.points, given.instants, given.seed)) + "\n")
+    sys.stdout.write(json.dumps(main(given.points, given.instants, given.seed, given.processes)) + "\n")

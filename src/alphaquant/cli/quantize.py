@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -49,6 +49,8 @@ from alphaquant.pipeline import (
     Calibration,
     Prepared,
     check_output,
+    join,
+    json_log,
     plan_sizes,
     planned_layout,
     prepare,
@@ -63,6 +65,7 @@ __all__ = ["quantize"]
 
 
 def quantize(
+    context: typer.Context,
     model: ModelArg,
     *,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Checkpoint directory to make.")] = None,
@@ -99,6 +102,12 @@ def quantize(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and show sizes; compute nothing.")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Make an error of every fallback and of every sample left out.")
+    ] = False,
+    log_json: Annotated[
+        Path | None, typer.Option("--log-json", metavar="FILE", help="Append a line of JSON for every event.")
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every event.")] = False,
     quiet: QuietOpt = False,
     as_json: JsonOpt = False,
@@ -108,9 +117,12 @@ def quantize(
     Plan by --config FILE or --scheme S, or found for --bits or --size as `plan` finds it. GPTQ calibrates on --calib;
     --method rtn does without it unless it is given.
     A run that was stopped goes on when the same command is given again; `alphaquant status OUT` tells where it is.
+    Several processes: torchrun --nproc-per-node N -m alphaquant quantize ...
     """
     if output is None and save is None:
         raise OutputError("there is nothing to write to", remedy="give -o DIR, or --save FILE.pt, or both")
+    # until the command ends
+    team, run_device = context.with_resource(join(torch_device(device)))
     serving = serving_from(engine, tp, gpu, legalize=legalize)
     layout_name = None if layout is Format.AUTO else layout.value
     request = request_from(
@@ -119,18 +131,19 @@ def quantize(
     refuse_with(request, {"--scheme": scheme is not None, "--legalize": legalize, "--dry-run": dry_run})
     prepared = prepare(resolve_model(model), base_plan(request, config, scheme))
     target = _output_directory(output, save, prepared, overwrite=overwrite)
-    run_device = torch_device(device)
     recipe = Recipe(method=method, effort=effort, routing_power=routing_weight, backend=kernels)
     calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed, balance)
     changes: tuple[str, ...] = ()
+    is_quiet = quiet or as_json or team.rank > 0
     if request is not None:
-        with progress_bar("planning", quiet=quiet or as_json) as progress:
+        with progress_bar("planning", quiet=is_quiet) as progress:
             means = Means(calibration, recipe, run_device, dtype.value, seed, progress)
             found = propose(request, prepared, means)
         prepared, changes = found.prepared, found.notes
     elif serving is not None and legalize:
         prepared, changes = serving.legalized(prepared)
-    print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
+    if team.rank == 0:
+        print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
     if serving is not None:
         layout_name = serving.layout(prepared, layout_name)
     if dry_run:
@@ -138,7 +151,7 @@ def quantize(
         sizes = plan_sizes(prepared)
         print_json([asdict(s) for s in sizes]) if as_json else print_sizes(sizes)
         return
-    with progress_bar("quantizing", quiet=quiet or as_json) as progress:
+    with json_log(log_json) as log, progress_bar("quantizing", quiet=is_quiet) as progress:
         result = quantize_checkpoint(
             prepared,
             target,
@@ -149,22 +162,30 @@ def quantize(
             dtype=dtype.value,
             overwrite=overwrite,
             fresh=fresh,
+            strict=strict,
             progress=progress,
+            log=log,
             command=shlex.join(["alphaquant", *sys.argv[1:]]),
+            team=team,
         )
+    if team.rank > 0:
+        return
     if save is not None:
         save_single_file(target, save, remove_source=output is None)
-    report = result.report
     if as_json:
-        print_json(report)
+        print_json(result.report)
         return
-    known = len(prepared.resolved.warnings)
+    _show(result.report, verbose=verbose, known=len(prepared.resolved.warnings))
+    out.print(f"written to {', '.join(str(path) for path in (output, save) if path is not None)}", soft_wrap=True)
+
+
+def _show(report: dict[str, Any], *, verbose: bool, known: int) -> None:
+    """What the run says of itself; `known` warnings were shown before it."""
     print_notes(report["warnings"][known:])
     print_result(report)
     if verbose:
         for event in report["events"]:
             out.print(f"  {event['module']}: {event['event']}", soft_wrap=True)
-    out.print(f"written to {', '.join(str(path) for path in (output, save) if path is not None)}", soft_wrap=True)
 
 
 def _output_directory(output: Path | None, save: Path | None, prepared: Prepared, *, overwrite: bool) -> Path:

@@ -2,7 +2,9 @@
 
 from alphaquant.pipeline.convert import check_single_file, export_checkpoint, save_single_file
 from alphaquant.pipeline.device import torch_device
+from alphaquant.pipeline.distributed import Team, join
 from alphaquant.pipeline.evaluate import evaluate_checkpoint, load
+from alphaquant.pipeline.log import json_log
 from alphaquant.pipeline.manifest import Problem, check_shards
 from alphaquant.pipeline.memory import HeldModel, QuantizedModule, export_held, hold, quantize_held
 from alphaquant.pipeline.quality import QUALITY, keep_quality, plan_of, quality_facts, rounded_quality
@@ -46,6 +48,7 @@ __all__ = [
     "RoutingReport",
     "RunStatus",
     "Serving",
+    "Team",
     "check_output",
     "check_shards",
     "check_single_file",
@@ -56,6 +59,8 @@ __all__ = [
     "export_checkpoint",
     "export_held",
     "hold",
+    "join",
+    "json_log",
     "keep_quality",
     "load",
     "measure_routing",

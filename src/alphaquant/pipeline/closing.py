@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from alphaquant.pipeline.records import LayerRecord
     from alphaquant.pipeline.run import Prepared
     from alphaquant.pipeline.rundir import RunDir
-    from alphaquant.solver import Recipe
+    from alphaquant.solver import Backend, Recipe
 
 __all__ = ["changed_sessions", "describe", "model_facts", "peak_memory_bytes", "plain", "session"]
 
 # what of a session may change the last bits of a result
-_MACHINE = ("alphaquant", "torch", "device", "cpu", "threads")
+_MACHINE = ("alphaquant", "torch", "device", "cpu", "threads", "kernels")
 
 
-def session(device: torch.device, command: str) -> dict[str, Any]:
+def session(device: torch.device, kernels: Backend, command: str, processes: int) -> dict[str, Any]:
     """What is recorded of one start of a run."""
     return {
         "started": _now(),
@@ -42,6 +42,8 @@ def session(device: torch.device, command: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "kernels": kernels.value,
+        "processes": processes,
         "command": command,
     }
 
@@ -81,7 +83,7 @@ def describe(prepared: Prepared, layout: Layout, run: RunDir, records: list[Laye
         "summary": [asdict(row) for row in summarize(records, list(ModuleKind))],
         "audit": _audit(prepared, records, layout, run.tensor_names),
         "engines": engine_notes(prepared.schemes, list(spec.modules()), layout.name, spec.family),
-        "events": [{"module": m.name, "event": m.event} for r in records for m in r.modules if m.event is not None],
+        "events": [event for record in records for event in record.all_events()],
         "sessions": sessions,
         "peak_memory_bytes": max(peak_memory_bytes(), *(s.get("peak_memory_bytes", 0) for s in sessions)),
     }

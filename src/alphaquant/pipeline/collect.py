@@ -8,8 +8,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+import torch
+
 from alphaquant.models import Source
 from alphaquant.pipeline.records import RoutingRecord
+from alphaquant.pipeline.stream import is_finite
 from alphaquant.solver import Backend, EvidenceSum, HessianSum
 
 if TYPE_CHECKING:
@@ -19,7 +22,10 @@ if TYPE_CHECKING:
 
     from alphaquant.models import Parameter, Routing
 
-__all__ = ["Collector", "collection_passes", "widths"]
+__all__ = ["ROUTED", "Collector", "Shown", "collection_passes", "widths"]
+
+# sources whose routing is kept whether or not what reads them is quantized
+ROUTED = (Source.EXPERT_IN, Source.SHARED_IN)
 
 # what a source's linears make is read by the linears of the sources before it here
 _DEEPEST_FIRST = (
@@ -69,6 +75,17 @@ def collection_passes(
     return passes
 
 
+class Shown:
+    """A tap that keeps what one chunk shows: the inputs of each source, and how they are routed."""
+
+    def __init__(self) -> None:
+        self.rows: dict[Source, tuple[Tensor, Routing | None]] = {}
+
+    def __call__(self, source: Source, x: Tensor, routing: Routing | None = None) -> None:
+        """See `alphaquant.models.Tap`."""
+        self.rows[source] = x.flatten(0, -2), routing
+
+
 class Collector:
     """A tap that sums a Hessian for every wanted source, and always keeps what the router and the shared gate did.
 
@@ -92,25 +109,48 @@ class Collector:
         self._wanted = wanted
         self.hessians: dict[Source, HessianSum] = {}
         self._chosen: dict[Source, EvidenceSum] = {}
+        self.rows: dict[Source, list[int]] = {}
+        """Of each wanted source the rows that were left out because they are no numbers, and all rows."""
 
     def __call__(self, source: Source, x: Tensor, routing: Routing | None = None) -> None:
         """See `alphaquant.models.Tap`."""
+        x_RI, experts = x.flatten(0, -2), self._wanted.get(source)
+        if experts is not None and routing is not None:
+            counts = routing.counts_E.tolist()
+            x_RI = x_RI[sum(counts[: experts.start]) : sum(counts[: experts.stop])]
+        self.add(source, x_RI, routing)
+
+    def add(self, source: Source, x_RI: Tensor, routing: Routing | None) -> None:
+        """Add the rows of wanted experts alone, with the routing of all that the source showed."""
         counts = None if routing is None else routing.counts_E.tolist()
         score_R = None if routing is None else routing.score_R
-        if source in (Source.EXPERT_IN, Source.SHARED_IN) and counts is not None:
+        if source in ROUTED and counts is not None:
             self._chosen.setdefault(source, EvidenceSum(len(counts), self._power)).add(counts, score_R)
         experts = self._wanted.get(source)
         if experts is None:
             return
         if source not in self.hessians:
             width = self._widths[source][1]
-            self.hessians[source] = HessianSum(len(experts), width, self._power, x.device, self._backend)
-        x_RI = x.flatten(0, -2)
+            self.hessians[source] = HessianSum(len(experts), width, self._power, x_RI.device, self._backend)
         if counts is not None and len(experts) < len(counts):
             rows = slice(sum(counts[: experts.start]), sum(counts[: experts.stop]))
-            x_RI, counts = x_RI[rows], counts[experts.start : experts.stop]
+            counts = counts[experts.start : experts.stop]
             score_R = None if score_R is None else score_R[rows]
-        self.hessians[source].add(x_RI, counts, score_R)
+        self.hessians[source].add(*self._numbers(source, x_RI, counts, score_R))
+
+    def _numbers(
+        self, source: Source, x_RI: Tensor, counts: list[int] | None, score_R: Tensor | None
+    ) -> tuple[Tensor, list[int] | None, Tensor | None]:
+        """The rows that are numbers, as they almost always are: one of NaN would spoil the whole Hessian."""
+        seen = self.rows.setdefault(source, [0, 0])
+        seen[1] += x_RI.shape[0]
+        if is_finite(x_RI):
+            return x_RI, counts, score_R
+        good_R = torch.isfinite(x_RI).all(1)
+        seen[0] += int((~good_R).sum())
+        if counts is not None:
+            counts = [int(part.sum()) for part in good_R.split(counts)]
+        return x_RI[good_R], counts, None if score_R is None else score_R[good_R]
 
     def routing(self) -> RoutingRecord | None:
         """What the router did, and the gate of shared experts; None where no expert was shown."""

@@ -6,7 +6,7 @@ Shapes: E experts, O out, I in; N sequences, L positions, D hidden.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,13 +14,15 @@ import torch
 from alphaquant.errors import NumericsError
 from alphaquant.formats import QuantizedTensor, dequantize
 from alphaquant.models import MoESpec, Source, head_input
-from alphaquant.pipeline.collect import Collector, collection_passes, widths
+from alphaquant.pipeline.collect import Collector, Shown, collection_passes, widths
+from alphaquant.pipeline.distributed import SOLO, Team
 from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RoutingRecord
-from alphaquant.pipeline.stream import Clock, attend, chunks, feed, silent
+from alphaquant.pipeline.samples import MOST, Samples, culprit, rows_left_out
+from alphaquant.pipeline.stream import Clock, attend, feed, silent
 from alphaquant.solver import WORKSPACE_WEIGHTS, Evidence, HessianSum, Method, experts_a_part, quantize_stack
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -76,6 +78,8 @@ class LayerQuantizer:
         clock: counts seconds by phase.
         progress: is told what happens.
         limits: what may lie in memory at a time; no code depends on it.
+        team: the processes that share the work.
+        samples: which calibration samples are left out.
     """
 
     spec: ModelSpec
@@ -84,6 +88,8 @@ class LayerQuantizer:
     clock: Clock = field(default_factory=Clock)
     progress: Progress = silent
     limits: Limits = field(default_factory=Limits)
+    team: Team = SOLO
+    samples: Samples = field(default_factory=Samples)
 
     @torch.no_grad()
     def layer(self, layer: int, weights: LayerWeights, x_NLD: Tensor | None) -> QuantizedLayer:
@@ -95,30 +101,41 @@ class LayerQuantizer:
         result = QuantizedLayer(record=LayerRecord(layer))
         parameters = self.spec.parameters(layer)
         routing: RoutingRecord | None = None
-        for half, in_half in ((attend, True), (feed, False)):
-            stacks = self._stacks(layer, [p for p in parameters if (p.source in ATTENTION_SOURCES) == in_half])
-            wanted = {stack.source: widths(stack.parameters)[stack.source] for stack in stacks}
-            for experts in collection_passes(wanted, self.limits.hessian_bytes):
-                collector = Collector(parameters, experts, self.recipe.routing_power, self.recipe.backend)
+        notes: list[str] = []
+        for half, where in ((attend, "attention"), (feed, "feed-forward")):
+            in_half = [p for p in parameters if (p.source in ATTENTION_SOURCES) == (half is attend)]
+            stacks = self._stacks(layer, in_half)
+            shares = self._shares(stacks)
+            most = {source: (max(map(len, ranks)), width) for source, (ranks, width) in shares.items()}
+            for part in collection_passes(most, self.limits.hessian_bytes):
+                takes = {
+                    source: [share[some.start : some.stop] for share in shares[source][0]]
+                    for source, some in part.items()
+                }
+                own = {source: ranks[self.team.rank] for source, ranks in takes.items() if ranks[self.team.rank]}
+                collector = Collector(parameters, own, self.recipe.routing_power, self.recipe.backend)
                 # with nothing to solve the pass is still worth its time for what it shows of the experts
                 if x_NLD is not None and (stacks or isinstance(self.spec.layers[layer].mlp, MoESpec)):
                     self._tell("calibrate", layer, x_NLD)
                     with self.clock("calibrate"):
-                        half(x_NLD, weights, self.spec, layer, tap=collector)
+                        self._collect(half, layer, weights, x_NLD, collector, takes)
+                        seen = self._rows_seen(collector)
+                        notes += rows_left_out(seen, self.spec, layer, f"layer {layer}, {where}")
                 self._tell("solve", layer)
                 with self.clock("solve"):
-                    for source, some in experts.items():
+                    for source, some in own.items():
                         hessian = collector.hessians.pop(source, None)
                         self._solve(layer, weights, [s for s in stacks if s.source is source], some, hessian, result)
                 routing = collector.routing() or routing
+            self._share(weights, stacks, {source: ranks for source, (ranks, _) in shares.items()})
             if x_NLD is not None:
                 self._tell("propagate", layer, x_NLD)
                 with self.clock("propagate"):
-                    half(x_NLD, weights, self.spec, layer)
-        records = {module.name: module for module in result.record.modules}
+                    notes += self._propagate(half, layer, weights, x_NLD, f"layer {layer}, {where}")
+        records = {module.name: module for module in self._together(result.record)}
         names = (name for parameter in parameters for name in self._names(layer, parameter))
         modules = [records[name] for name in names if name in records]
-        return QuantizedLayer(result.quantized, LayerRecord(layer, modules, routing))
+        return QuantizedLayer(result.quantized, LayerRecord(layer, modules, routing, notes))
 
     @torch.no_grad()
     def embedding(self, outer: LayerWeights) -> QuantizedLayer:
@@ -141,14 +158,106 @@ class LayerQuantizer:
         if parameter is None or self.schemes[parameter.role] is None:
             return result
         hessian = None
+        takes = self.team.shares({Source.HEAD_IN: [1.0]})[Source.HEAD_IN]
         if x_NLD is not None:
             hessian = HessianSum(1, self.spec.hidden_size, 1.0, x_NLD.device, self.recipe.backend)
             with self.clock("calibrate"):
-                for cut in chunks(*x_NLD.shape[:2]):
-                    hessian.add(head_input(x_NLD[cut], outer, self.spec).flatten(0, 1))
+                for cut in self.team.turns(self.samples.cuts(*x_NLD.shape[:2])):
+                    x_BLD = x_NLD[:0] if cut is None else head_input(x_NLD[cut], outer, self.spec)
+                    x_TD = x_BLD.flatten(0, 1)
+                    for rows, _ in [(x_TD, None)] if self.team.size == 1 else self.team.exchange(x_TD, None, 1, takes):
+                        hessian.add(rows)
         with self.clock("solve"):
-            self._solve(None, outer, self._stacks(None, [parameter]), range(1), hessian, result)
+            self._solve(None, outer, self._stacks(None, [parameter]), takes[self.team.rank], hessian, result)
         return result
+
+    def _shares(self, stacks: Sequence[_Stack]) -> dict[Source, tuple[list[range], int]]:
+        """Of each source the experts that each process sums Hessians of and solves, and its inputs."""
+        costs: dict[Source, list[float]] = {}
+        sizes = {stack.source: widths(stack.parameters)[stack.source] for stack in stacks}
+        for source, (experts, width) in sizes.items():
+            rows = sum(p.shape[0] for stack in stacks if stack.source is source for p in stack.parameters)
+            costs[source] = [float(width**2 * (rows + width))] * experts
+        return {source: (ranks, sizes[source][1]) for source, ranks in self.team.shares(costs).items()}
+
+    def _cuts(self, x_NLD: Tensor) -> list[slice | Tensor]:
+        """The chunks of the stream that are this process's."""
+        return [cut for cut in self.team.turns(self.samples.cuts(*x_NLD.shape[:2])) if cut is not None]
+
+    def _collect(
+        self,
+        half: Callable[..., None],
+        layer: int,
+        weights: LayerWeights,
+        x_NLD: Tensor,
+        collector: Collector,
+        takes: Mapping[Source, list[range]],
+    ) -> None:
+        """Show the stream to the collector: all of it, or in turns and what each process takes of every turn."""
+        if self.team.size == 1:
+            half(x_NLD, weights, self.spec, layer, tap=collector, cuts=self._cuts(x_NLD))
+            return
+        sizes, mlp = widths(self.spec.parameters(layer)), self.spec.layers[layer].mlp
+        if half is feed and isinstance(mlp, MoESpec):
+            routed = [Source.EXPERT_IN, *([Source.SHARED_IN] if mlp.shared_gate else [])]
+            takes = {**dict.fromkeys(routed, [range(0)] * self.team.size), **takes}
+        for cut in self.team.turns(self.samples.cuts(*x_NLD.shape[:2])):
+            shown = Shown()
+            if cut is not None:
+                half(x_NLD, weights, self.spec, layer, tap=shown, cuts=[cut])
+            for source, ranks in takes.items():
+                experts, width = sizes[source]
+                x_RI, routing = shown.rows.pop(source, (x_NLD.new_empty(0, width), None))
+                for rows_RI, how in self.team.exchange(x_RI, routing, experts, ranks):
+                    collector.add(source, rows_RI, how)
+
+    def _rows_seen(self, collector: Collector) -> dict[Source, tuple[int, int]]:
+        told = self.team.tell({source.value: seen for source, seen in collector.rows.items()})
+        seen: dict[Source, tuple[int, int]] = {}
+        for source in Source:
+            parts = [part[source.value] for part in told if source.value in part]
+            if parts:
+                seen[source] = sum(bad for bad, _ in parts), sum(total for _, total in parts)
+        return seen
+
+    def _share(self, weights: LayerWeights, stacks: Sequence[_Stack], shares: Mapping[Source, list[range]]) -> None:
+        """Give everyone the de-quantized weights of each process."""
+        if self.team.size == 1:
+            return
+        with self.clock("share"):
+            for stack in stacks:
+                for parameter in stack.parameters:
+                    target = weights[parameter.key] if parameter.num_experts else weights[parameter.key][None]
+                    for rank, share in enumerate(shares[stack.source]):
+                        experts = [expert for expert in stack.experts if expert in share]
+                        if experts:
+                            part = target[experts]
+                            self.team.spread(part, rank)
+                            target[experts] = part
+
+    def _propagate(
+        self, half: Callable[..., None], layer: int, weights: LayerWeights, x_NLD: Tensor, where: str
+    ) -> list[str]:
+        """Move the stream on; returns what to note of samples that are no numbers any more."""
+        found = self.samples.found
+
+        def bad(samples: list[int]) -> None:
+            for sample in samples:
+                # beyond what may be left out the first says enough
+                if len(found) > MOST * x_NLD.shape[0]:
+                    found.append((sample, found[0][1]))
+                else:
+                    found.append((sample, culprit(half, x_NLD[sample : sample + 1], weights, self.spec, layer)))
+
+        half(x_NLD, weights, self.spec, layer, cuts=self._cuts(x_NLD), bad=bad)
+        return self.samples.settle(x_NLD.shape[0], where, self.team)
+
+    def _together(self, record: LayerRecord) -> list[ModuleRecord]:
+        """The records of all processes."""
+        if self.team.size == 1:
+            return record.modules
+        told = self.team.tell([asdict(module) for module in record.modules])
+        return [ModuleRecord(**module) for part in told for module in part]
 
     def _tell(self, phase: str, layer: int, x_NLD: Tensor | None = None) -> None:
         tokens = 0 if x_NLD is None else x_NLD.shape[0] * x_NLD.shape[1]
@@ -210,8 +319,9 @@ class LayerQuantizer:
             h_EII = hessian.normalized(places)
             evidence = Evidence(*(value[places] for value in hessian.evidence))
             if not bool(torch.isfinite(h_EII.sum())):
+                first = experts[int((~torch.isfinite(h_EII.sum((1, 2)))).nonzero()[0])]
                 raise NumericsError(
-                    f"the Hessian of {stack.source.value} holds NaN or infinity",
+                    f"the Hessian of {self._names(layer, stack.parameters[0])[first]} holds NaN or infinity",
                     where="head" if layer is None else f"layer {layer}",
                     remedy="run with --dtype fp32",
                 )

@@ -20,6 +20,7 @@ __all__ = [
     "ModuleRecord",
     "RoutingRecord",
     "require_finite",
+    "require_quiet",
     "summarize",
 ]
 
@@ -113,11 +114,15 @@ class RoutingRecord:
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """Everything that a run notes of one layer; `layer` is None for embedding and head."""
+    """Everything that a run notes of one layer; `layer` is None for embedding and head.
+
+    `events` are those that are not of one module: samples and inputs that were left out.
+    """
 
     layer: int | None
     modules: list[ModuleRecord] = field(default_factory=list)
     routing: RoutingRecord | None = None
+    events: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -128,7 +133,28 @@ class LayerRecord:
         """The inverse of `to_dict`."""
         routing = data["routing"]
         modules = [ModuleRecord(**m) for m in data["modules"]]
-        return cls(data["layer"], modules, None if routing is None else RoutingRecord.from_dict(routing))
+        return cls(
+            data["layer"], modules, None if routing is None else RoutingRecord.from_dict(routing), data["events"]
+        )
+
+    def all_events(self) -> list[dict[str, str]]:
+        """Every departure from what was asked for: of which module or layer, and what."""
+        of_layer = [{"module": f"layer {self.layer}", "event": event} for event in self.events]
+        return of_layer + [{"module": m.name, "event": m.event} for m in self.modules if m.event is not None]
+
+
+def require_quiet(record: LayerRecord) -> None:
+    """Nothing was done otherwise than asked for.
+
+    Raises:
+        NumericsError: names the first that was.
+    """
+    for event in record.all_events():
+        raise NumericsError(
+            f"--strict: {event['event']}",
+            where=event["module"],
+            remedy="give more calibration (--nsamples, --calib), skip the module in the plan, or leave --strict out",
+        )
 
 
 def require_finite(record: LayerRecord) -> None:

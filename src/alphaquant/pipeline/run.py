@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,19 +16,19 @@ from alphaquant.errors import ConfigError
 from alphaquant.models import detect, logical
 from alphaquant.pipeline.balance import CANDIDATES, balanced, require_experts
 from alphaquant.pipeline.closing import changed_sessions, describe, peak_memory_bytes, plain, session
-from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
-from alphaquant.pipeline.layer import LayerQuantizer, QuantizedLayer
+from alphaquant.pipeline.convert import pick_layout
+from alphaquant.pipeline.course import Course, Job, Watch, require_equal
+from alphaquant.pipeline.distributed import SOLO, Team
+from alphaquant.pipeline.layer import LayerQuantizer
+from alphaquant.pipeline.log import Log, unlogged
 from alphaquant.pipeline.records import KindSummary, LayerRecord, summarize
 from alphaquant.pipeline.rundir import RunDir, check_output
 from alphaquant.pipeline.stream import Clock, Progress, silent
-from alphaquant.pipeline.walk import quantize_shards
 from alphaquant.plan import ModuleKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    from torch import Tensor
 
     from alphaquant.formats import Scheme
     from alphaquant.layouts import Layout
@@ -150,34 +149,6 @@ def compute_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dty
     return torch.float32 if spec.dtype is torch.float16 and device.type == "cpu" else spec.dtype
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """Everything that a run is a function of, and what it computes with."""
-
-    prepared: Prepared
-    recipe: Recipe
-    layout: Layout
-    tokens: TokenBatch | None
-    device: torch.device
-    dtype: torch.dtype
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the bytes of the result, as JSON; a stopped run goes on only with the same."""
-        checkpoint, plan = self.prepared.checkpoint, self.prepared.plan
-        table = {name: str(scheme) for name, scheme in self.prepared.schemes.items() if scheme is not None}
-        ids = None if self.tokens is None else {"shape": list(self.tokens.ids.shape), "digest": self.tokens.digest}
-        return {
-            "checkpoint": {"headers": checkpoint.header_digest(), "weights": checkpoint.sample_digest()},
-            "tokens": ids,
-            "plan": plan.model_dump(mode="json", exclude={"comment", "schema_url"}, exclude_none=True),
-            "formats": hashlib.sha256(json.dumps(table).encode()).hexdigest(),
-            "layout": self.layout.name,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "recipe": plain(self.recipe),
-            "alphaquant": ".".join(version("alphaquant-moe").split(".")[:2]),
-        }
-
-
 def quantize_checkpoint(
     prepared: Prepared,
     out: Path,
@@ -189,8 +160,11 @@ def quantize_checkpoint(
     dtype: str = "auto",
     overwrite: bool = False,
     fresh: bool = False,
+    strict: bool = False,
     progress: Progress = silent,
+    log: Log = unlogged,
     command: str = "",
+    team: Team = SOLO,
 ) -> QuantizeResult:
     """Quantize a checkpoint into a directory, layer by layer; a run that was stopped goes on where it was.
 
@@ -204,8 +178,11 @@ def quantize_checkpoint(
         dtype: `auto`, `bf16`, `fp16` or `fp32`.
         overwrite: replace `out` if it holds something.
         fresh: drop what a stopped run has left, and start anew.
+        strict: make an error of every fallback and of everything left out.
         progress: is told what happens.
+        log: is told what happened.
         command: how the run was started, for the record.
+        team: the processes that share the work, of which the first writes. The others return no report.
 
     Raises:
         AlphaQuantError: nothing is left on disk, or all layers that were done, for the next call to go on from.
@@ -214,20 +191,32 @@ def quantize_checkpoint(
     work_dtype = compute_dtype(dtype, spec, device)
     check_output(out, prepared.checkpoint.path, overwrite=overwrite)
     chosen = planned_layout(prepared, layout)
-    clock, begin = Clock(), time.perf_counter()
-    with RunDir.create(out, spec.num_layers + 1, resumes=True, fresh=fresh) as run:
+    watch = Watch(log, progress, team)
+    clock, begin = Clock(watch.spent), time.perf_counter()
+    # the first process of a team keeps the directory; the others only compute
+    keeper = RunDir.create(out, spec.num_layers + 1, resumes=True, fresh=fresh) if team.rank == 0 else nullcontext()
+    with keeper as run:
+        team.tell(None)  # the directory may be refused: the others do not begin before
         with clock("tokenize"):
             tokens = None if calibration is None else draw_tokens(prepared, calibration)
         if calibration is not None and tokens is not None and calibration.balance:
             with clock("balance"):
                 kept = calibration.num_samples
-                tokens = balanced(prepared.source, spec, tokens, kept, work_dtype, device, progress)
-        job = _Job(prepared, recipe, chosen, tokens, device, work_dtype)
-        run.start(job.identity(), session(device, command))
-        for phase, seconds in run.manifest.seconds.items():
-            clock.seconds[phase] += seconds
-        begin -= run.manifest.seconds.get("total", 0.0)
-        records = _quantize(job, run, LayerQuantizer(spec, prepared.schemes, recipe, clock, progress), begin)
+                tokens = balanced(prepared.source, spec, tokens, kept, work_dtype, device, watch)
+        job = Job(prepared, recipe, chosen, tokens, device, work_dtype)
+        identity = job.identity()
+        require_equal(team, identity)
+        if run is not None:
+            run.start(identity, session(device, recipe.backend, command, team.size))
+            for phase, seconds in run.manifest.seconds.items():
+                clock.seconds[phase] += seconds
+            begin -= run.manifest.seconds.get("total", 0.0)
+        log("start", processes=team.size, shards=spec.num_layers + 1, command=command)
+        quantizer = LayerQuantizer(spec, prepared.schemes, recipe, clock, watch, team=team)
+        records = Course(job, run, quantizer, begin, watch.log, strict).end()
+        summary = summarize(records, list(ModuleKind))
+        if run is None:
+            return QuantizeResult(summary, records)
         clock.seconds["total"] = time.perf_counter() - begin
         report = {
             **describe(prepared, job.layout, run, records),
@@ -248,49 +237,8 @@ def quantize_checkpoint(
         run.write_note("plan.json", json.loads(prepared.plan.to_json()))
         run.write_note("report.json", report)
         run.finish(prepared.checkpoint.config, prepared.checkpoint.path, spec, chosen, prepared.schemes)
-    return QuantizeResult(summarize(records, list(ModuleKind)), records, report)
-
-
-def _quantize(job: _Job, run: RunDir, quantizer: LayerQuantizer, begin: float) -> list[LayerRecord]:
-    """Quantize and commit every shard that is not done yet; the records of all of them.
-
-    `begin` is when the run would have begun had it not been stopped in between.
-    """
-    spec, source, clock = job.prepared.spec, job.prepared.source, quantizer.clock
-    names = shard_names(spec, source)
-    records = [LayerRecord.from_dict(run.read_note(_record_name(spec, index))) for index in range(len(run.shards))]
-    if len(records) == len(names):
-        return records
-
-    def commit(result: QuantizedLayer, streams: Mapping[str, Tensor]) -> None:
-        index = len(run.shards)
-        with clock("pack"):
-            tensors = shard_tensors(names[index], result.quantized, job.layout, source.read)
-        with clock("write"):
-            run.write_note(_record_name(spec, index), result.record.to_dict())
-            run.add_shard(tensors)
-            seconds = clock.seconds | {"total": time.perf_counter() - begin}
-            run.commit(streams, seconds, peak_memory_bytes=peak_memory_bytes())
-        records.append(result.record)
-
-    ids_NL = None if job.tokens is None else job.tokens.ids
-    walk = quantize_shards(
-        quantizer,
-        source,
-        ids_NL,
-        device=job.device,
-        dtype=job.dtype,
-        done=len(run.shards),
-        streams=run.read_streams(),
-    )
-    for result, streams in walk:
-        commit(result, streams)
-        del result  # its codes would lie beside the next layer's
-    return records
-
-
-def _record_name(spec: ModelSpec, shard: int) -> str:
-    return f"records/layer-{shard:05d}.json" if shard < spec.num_layers else "records/outer.json"
+    log("end", seconds=report["seconds"]["total"], bytes=report["sizes"]["after_bytes"], events=len(report["events"]))
+    return QuantizeResult(summary, records, report)
 
 
 def draw_tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:

@@ -20,13 +20,25 @@ from alphaquant.errors import NumericsError
 from alphaquant.models import attention_half, mlp_half, read_layer, rope_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from torch import Tensor
 
     from alphaquant.models import LayerWeights, ModelSpec, Tap, TensorSource
 
-__all__ = ["Clock", "Progress", "attend", "chunks", "embed", "feed", "silent", "through"]
+__all__ = [
+    "Bad",
+    "Clock",
+    "Progress",
+    "attend",
+    "chunks",
+    "embed",
+    "feed",
+    "is_finite",
+    "no_number",
+    "silent",
+    "through",
+]
 
 # Tokens that go through a layer together. Sums over tokens are made chunk by chunk, so it is part of the result.
 CHUNK_TOKENS = 8192
@@ -44,11 +56,16 @@ def silent(phase: str, layer: int, num_layers: int, tokens: int = 0) -> None:
 
 
 class Clock:
-    """Seconds spent by phase, and the main memory that the process held at the end of one, at most."""
+    """Seconds spent by phase, and the main memory that the process held at the end of one, at most.
 
-    def __init__(self) -> None:
+    Args:
+        tell: is told seconds and memory of each part of a phase when it is over.
+    """
+
+    def __init__(self, tell: Callable[[str, float, int], None] | None = None) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.memory: dict[str, int] = defaultdict(int)
+        self._tell = tell
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -57,8 +74,11 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - begin
-            self.memory[phase] = max(self.memory[phase], _resident_bytes())
+            spent, resident = time.perf_counter() - begin, _resident_bytes()
+            self.seconds[phase] += spent
+            self.memory[phase] = max(self.memory[phase], resident)
+            if self._tell is not None:
+                self._tell(phase, spent, resident)
 
 
 def _resident_bytes() -> int:
@@ -80,17 +100,53 @@ def embed(ids_NL: Tensor, embedding_VD: Tensor) -> Tensor:
     return F.embedding(ids_NL.to(embedding_VD.device), embedding_VD)
 
 
-def attend(x_NLD: Tensor, weights: LayerWeights, spec: ModelSpec, layer: int, tap: Tap | None = None) -> None:
-    """Attention half of a layer on the whole stream, in place; with a `tap` the stream is only shown."""
+class Bad(Protocol):
+    """Told of samples whose activations are NaN or infinite after a half-layer."""
+
+    def __call__(self, samples: list[int]) -> None:
+        """Called while the stream still holds what went in; the activations of these samples become zero then."""
+
+
+def attend(
+    x_NLD: Tensor,
+    weights: LayerWeights,
+    spec: ModelSpec,
+    layer: int,
+    tap: Tap | None = None,
+    cuts: Iterable[slice | Tensor] | None = None,
+    bad: Bad | None = None,
+) -> None:
+    """Attention half of a layer on the stream, in place; with a `tap` it is only shown.
+
+    Args:
+        x_NLD: the stream.
+        weights: of the layer.
+        spec: the model.
+        layer: its number.
+        tap: is shown the inputs of linears.
+        cuts: samples that go together; by default all of them by `chunks`.
+        bad: is told of samples that become NaN or infinite.
+
+    Raises:
+        NumericsError: there are such samples, and no one is told.
+    """
     rope = rope_for(spec, x_NLD.shape[1], x_NLD.device)
-    _each_chunk(
-        x_NLD, lambda x: attention_half(x, weights, spec, layer, rope, tap=tap), f"layer {layer}, attention", tap
-    )
+    where = f"layer {layer}, attention"
+    _each_chunk(x_NLD, lambda x: attention_half(x, weights, spec, layer, rope, tap=tap), where, tap, cuts, bad)
 
 
-def feed(x_NLD: Tensor, weights: LayerWeights, spec: ModelSpec, layer: int, tap: Tap | None = None) -> None:
-    """Feed-forward half of a layer on the whole stream, in place; with a `tap` the stream is only shown."""
-    _each_chunk(x_NLD, lambda x: mlp_half(x, weights, spec, layer, tap=tap), f"layer {layer}, feed-forward", tap)
+def feed(
+    x_NLD: Tensor,
+    weights: LayerWeights,
+    spec: ModelSpec,
+    layer: int,
+    tap: Tap | None = None,
+    cuts: Iterable[slice | Tensor] | None = None,
+    bad: Bad | None = None,
+) -> None:
+    """Feed-forward half of a layer on the stream, in place; see `attend`."""
+    where = f"layer {layer}, feed-forward"
+    _each_chunk(x_NLD, lambda x: mlp_half(x, weights, spec, layer, tap=tap), where, tap, cuts, bad)
 
 
 @torch.no_grad()
@@ -116,16 +172,37 @@ def through(
 
 
 @torch.no_grad()
-def _each_chunk(x_NLD: Tensor, half: Callable[[Tensor], Tensor], where: str, tap: Tap | None) -> None:
-    for cut in chunks(*x_NLD.shape[:2]):
+def _each_chunk(
+    x_NLD: Tensor,
+    half: Callable[[Tensor], Tensor],
+    where: str,
+    tap: Tap | None,
+    cuts: Iterable[slice | Tensor] | None,
+    bad: Bad | None,
+) -> None:
+    for cut in chunks(*x_NLD.shape[:2]) if cuts is None else cuts:
         out = half(x_NLD[cut])
         if tap is not None:
             continue
-        if not math.isfinite(out.sum(dtype=torch.float32)) and not bool(torch.isfinite(out).all()):
-            bad = (~torch.isfinite(out)).flatten(1).any(1).nonzero()[0].item()
-            raise NumericsError(
-                f"activations become NaN or infinite in sample {cut.start + bad}",
-                where=where,
-                remedy="run with --dtype fp32, or look at the weights of this layer",
-            )
+        if not is_finite(out):
+            is_bad = (~torch.isfinite(out)).flatten(1).any(1)
+            samples = torch.arange(x_NLD.shape[0])[cut][is_bad.cpu()].tolist()
+            if bad is None:
+                raise no_number(samples[0], where)
+            bad(samples)
+            out[is_bad] = 0
         x_NLD[cut] = out
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all elements are numbers: a sum is one pass without a temporary, and only where it overflows is more."""
+    return math.isfinite(x.sum(dtype=torch.float32)) or bool(torch.isfinite(x).all())
+
+
+def no_number(sample: int, where: str, module: str = "") -> NumericsError:
+    """The error for activations that are NaN or infinite."""
+    return NumericsError(
+        f"activations become NaN or infinite in sample {sample}{module and f', {module}'}",
+        where=where,
+        remedy="run with --dtype fp32, or look at the weights of this layer",
+    )

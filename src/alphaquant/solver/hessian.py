@@ -96,6 +96,8 @@ class HessianSum:
         """Add rows, sorted by expert with `counts` rows each; `score_R` are their routing scores in the same order."""
         counts = [x_RI.shape[0]] if counts is None else counts
         weight_R = self._evidence.add(counts, score_R)
+        if x_RI.shape[0] == 0:
+            return
         kernels = kernels_for(x_RI, self._backend)
         if kernels is not None:
             counts_E = torch.tensor(counts, device=x_RI.device)
