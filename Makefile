@@ -1,8 +1,8 @@
 # make demo   set up, quantize the bundled model, print the table, write the report
 # make test   set up, run the tests
 # make test-tasks  the tests that need lm-eval, in an environment of its own
-# make soak   kills, and whatever else takes minutes: the long tests
 # make test-engines  the tests that load what we write in vLLM and transformers, in an environment of its own
+# make soak   the long tests: kills at every touch of the disk, alone and in a team of two; 20,000 hostile files
 # make check  lint, format, types
 # make docs   the documents as a site, in build/site
 # make bench  the benchmarks that need nothing but this repository
@@ -30,6 +30,7 @@ test-tasks: $(VENV)-tasks/.installed
 soak: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/kills.py --processes 2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/fuzz.py 20000
 
 test-engines: $(VENV)/.installed-dev $(ENGINES)/.installed
 	$(BIN)/python -m pytest -p no:cacheprovider tests_engines --vllm $(ENGINES)/bin/python

@@ -79,7 +79,7 @@ def write_models(root: Path, family: str, layer_mib: float, counts: list[int]) -
         model.mkdir()
         used = ["outer", *(f"layer-{layer}" for layer in range(count))]
         for file in used:
-            (model / f"{file}.safetensors").symlink_to(store / f"{file}.safetensors")
+            (model / f"{file}.safetensors").hardlink_to(store / f"{file}.safetensors")
         weight_map = {name: f"{file}.safetensors" for file in used for name in shards[file]}
         (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": count}))

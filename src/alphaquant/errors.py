@@ -14,6 +14,9 @@ __all__ = [
 ]
 
 
+_MOST_CHARACTERS = 1000
+
+
 class AlphaQuantError(Exception):
     """An error whose message names the value, the place and the remedy.
 
@@ -26,9 +29,9 @@ class AlphaQuantError(Exception):
     """
 
     def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
-        self.what = what
-        self.where = where
-        self.remedy = remedy
+        self.what = _short(what)
+        self.where = where if where is None else _short(where)
+        self.remedy = remedy if remedy is None else _short(remedy)
         self.kept: str | None = None
         super().__init__("\n".join(self.lines()))
 
@@ -42,6 +45,11 @@ class AlphaQuantError(Exception):
         if self.kept is not None:
             parts.append(f"kept: {self.kept}")
         return parts
+
+
+def _short(text: str) -> str:
+    """A text that fits a screen: it may quote a file that a stranger wrote."""
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 
 class ConfigError(AlphaQuantError):

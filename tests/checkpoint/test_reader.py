@@ -179,12 +179,32 @@ def test_without_index_all_files_count(tmp_path):
 
 def test_symlinked_files_as_in_the_hub_cache(tmp_path):
     blobs = make_dir(tmp_path / "blobs", {"a": torch.ones(2)}, "0123abcd")
-    directory = tmp_path / "snapshot"
-    directory.mkdir()
+    directory = tmp_path / "snapshots" / "main"
+    directory.mkdir(parents=True)
     (directory / "config.json").symlink_to(blobs / "config.json")
-    (directory / "x-1.safetensors").symlink_to("../blobs/0123abcd")
+    (directory / "x-1.safetensors").symlink_to("../../blobs/0123abcd")
     write_index(directory, {"a": "x-1.safetensors"})
     assert Checkpoint.open(directory).read("a").equal(torch.ones(2))
+
+
+@pytest.mark.parametrize("is_indexed", [True, False])
+@pytest.mark.parametrize(
+    "leads_to", ["../private.safetensors", "{}/private.safetensors", "sub/../../private.safetensors"]
+)
+def test_links_out_of_the_directory_are_refused(tmp_path, is_indexed, leads_to):
+    directory = make_dir(tmp_path / "m")
+    (directory / "sub").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "private.safetensors")
+    (directory / "x.safetensors").symlink_to(leads_to.format(tmp_path))
+    if is_indexed:
+        write_index(directory, {"a": "x.safetensors"})
+    error = error_of(Checkpoint.open, directory)
+    assert "is a link out of the checkpoint directory" in error.what
+    assert "private.safetensors" in error.what
+    (directory / "x.safetensors").unlink()
+    save_file({"a": torch.ones(2)}, directory / "sub" / "y.safetensors")
+    (directory / "x.safetensors").symlink_to("sub/y.safetensors")
+    assert Checkpoint.open(directory).names() == ("a",)
 
 
 def test_header_digest_tells_checkpoints_apart(tmp_path):

@@ -28,6 +28,7 @@ _ACCEPTED = (
     "or token ids as .json or .safetensors"
 )
 _TOKENISED_SUFFIXES = (".json", ".safetensors")
+_MAX_JSON_BYTES = 100_000_000  # parsed, it takes four times its size
 _C4_DOCUMENTS = 10_000  # of the 356 317 in one file: some five million tokens, in seconds rather than minutes
 _C4_FILES = {
     "calibration": ("train", "en/c4-train.00000-of-01024.json.gz"),
@@ -150,6 +151,12 @@ def _is_message(value: Any) -> bool:
 
 def _load_json_rows(path: Path) -> list[Tensor]:
     remedy = "the file is a JSON list of lists of token ids: [[1, 2, 3], [4, 5, 6]]"
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise CalibrationError(
+            f"{path.name} has more than {_MAX_JSON_BYTES} bytes",
+            where=str(path),
+            remedy="save one integer tensor `input_ids` of shape [rows, length] as .safetensors",
+        )
     try:
         rows = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:

@@ -43,6 +43,7 @@ __all__ = [
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TEMPLATE_REMEDY = "give text instead of chat messages, or add a chat_template.jinja to the model directory"
+_MAX_BYTES = 100_000_000  # three times that of the largest tokenizer.json that is known
 # Templates that print today's date must not make tokens, and a resumed run, depend on it.
 _TODAY = datetime(2025, 1, 1, tzinfo=timezone.utc)
 
@@ -146,6 +147,7 @@ class Tokenizer:
                 special_tokens[key] = token
         file = self._directory / "chat_template.jinja"
         if file.is_file():
+            _require_size(file)
             try:
                 return file.read_text(encoding="utf-8"), file, special_tokens
             except (OSError, UnicodeDecodeError) as error:
@@ -179,6 +181,7 @@ def load_tokenizer(model_dir: str | Path) -> Tokenizer:
             remedy="save the tokenizer with transformers as a fast tokenizer "
             "(AutoTokenizer.from_pretrained(MODEL).save_pretrained(DIR)), or give a file of token ids",
         )
+    _require_size(path)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises Exception itself
@@ -386,7 +389,18 @@ def token_digest(ids_NL: Tensor) -> str:
     return digest.hexdigest()
 
 
+def _require_size(path: Path) -> None:
+    num_bytes = path.stat().st_size
+    if num_bytes > _MAX_BYTES:
+        raise CalibrationError(
+            f"{path.name} has {num_bytes} bytes, more than the {_MAX_BYTES} allowed",
+            where=str(path),
+            remedy="this is no such file of a tokenizer: get the right one",
+        )
+
+
 def _read_config(path: Path) -> dict[str, Any]:
+    _require_size(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

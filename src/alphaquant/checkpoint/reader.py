@@ -192,7 +192,7 @@ def _load_weights(directory: Path) -> tuple[list[Shard], dict[str, Slot]]:
     paths = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
     if not paths:
         raise _no_weights(directory)
-    shards = [load_shard(path) for path in paths]
+    shards = [load_shard(_inside(path)) for path in paths]
     slots: dict[str, Slot] = {}
     for shard in shards:
         for name, slot in shard.slots.items():
@@ -218,7 +218,6 @@ def read_weight_map(index: Path) -> dict[str, str]:
             "the index has no weight_map from tensor names to files", where=str(index), remedy=DAMAGED
         )
     for name, file in weight_map.items():
-        # A plain name may be a symlink: the hub's cache is built of them.
         if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", file):
             raise CheckpointError(
                 f"the index puts tensor {name!r} in {file!r}, which is no plain name of a *.safetensors file",
@@ -238,7 +237,7 @@ def _load_indexed(index: Path) -> tuple[list[Shard], dict[str, Slot]]:
                 where=str(index),
                 remedy="download the missing shard, or the whole model, again",
             )
-        shards[file] = load_shard(index.parent / file)
+        shards[file] = load_shard(_inside(index.parent / file))
     slots: dict[str, Slot] = {}
     for name, file in weight_map.items():
         if name not in shards[file].slots:
@@ -247,6 +246,31 @@ def _load_indexed(index: Path) -> tuple[list[Shard], dict[str, Slot]]:
             )
         slots[name] = shards[file].slots[name]
     return list(shards.values()), slots
+
+
+def _inside(path: Path) -> Path:
+    """A shard that lies in its directory; a link may lead within it, or to the blobs of the hub's cache.
+
+    Raises:
+        CheckpointError: it leads elsewhere: a checkpoint from a stranger could so pass on what is not its own.
+    """
+    directory = path.parent.resolve()
+    roots = [directory]
+    if directory.parent.name == "snapshots":
+        roots.append(directory.parent.parent / "blobs")
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # a link to nowhere, or in a circle
+        raise CheckpointError(
+            f"{path.name} cannot be read: it is a link to nowhere", where=str(path), remedy=DAMAGED
+        ) from error
+    if not any(root in target.parents for root in roots):
+        raise CheckpointError(
+            f"{path.name} is a link out of the checkpoint directory, to {target}",
+            where=str(path),
+            remedy="where you trust it, give the directory that it leads to, or put a copy in the place of the link",
+        )
+    return path
 
 
 def _no_weights(directory: Path) -> CheckpointError:
