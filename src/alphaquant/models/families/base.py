@@ -27,6 +27,8 @@ __all__ = [
     "without_windows",
 ]
 
+_REMEDY = "check these keys in config.json: get the model's own file again"
+
 SHARED_EXPERTS = {
     f"mlp.shared_expert.{name}": f"mlp.shared_experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")
 }
@@ -63,9 +65,14 @@ def attention(
         raise ConfigError(
             f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}",
             where=cfg.where,
+            remedy=_REMEDY,
         )
     if head_dim is None and not cfg.has("head_dim") and hidden % num_heads:
-        raise ConfigError(f"hidden_size {hidden} is not a multiple of num_attention_heads {num_heads}", where=cfg.where)
+        raise ConfigError(
+            f"hidden_size {hidden} is not a multiple of num_attention_heads {num_heads}",
+            where=cfg.where,
+            remedy=_REMEDY,
+        )
     head_dim = cfg.size("head_dim", head_dim or hidden // num_heads)
     rotary_dim = int(head_dim * cfg.rotary_share(rotary_share))
     _check_pairs(cfg, "head_dim", head_dim, rotary_dim)
@@ -84,6 +91,7 @@ def latent(cfg: ConfigReader, *, interleaved: bool = True) -> LatentSpec:
         raise ConfigError(
             f"num_key_value_heads {num_kv_heads} is not num_attention_heads {num_heads}, as latent attention has it",
             where=cfg.where,
+            remedy=_REMEDY,
         )
     nope_dim, rotary_dim = cfg.size("qk_nope_head_dim"), cfg.size("qk_rope_head_dim")
     _check_pairs(cfg, "qk_rope_head_dim", rotary_dim, rotary_dim)
@@ -104,7 +112,9 @@ def latent(cfg: ConfigReader, *, interleaved: bool = True) -> LatentSpec:
 def _check_pairs(cfg: ConfigReader, key: str, size: int, rotary_dim: int) -> None:
     if rotary_dim % 2 or not rotary_dim:
         turned = "" if size == rotary_dim else f", of which {rotary_dim} channels turn,"
-        raise ConfigError(f"{key} {size}{turned} is odd, and rotary embeddings turn pairs", where=cfg.where)
+        raise ConfigError(
+            f"{key} {size}{turned} is odd, and rotary embeddings turn pairs", where=cfg.where, remedy=_REMEDY
+        )
 
 
 def uniform(cfg: ConfigReader, layer: LayerSpec) -> tuple[LayerSpec, ...]:
@@ -173,13 +183,16 @@ def grouped_experts(cfg: ConfigReader, *, limited: bool, **particular: Any) -> M
     num_groups, top_groups = (cfg.size("n_group"), cfg.size("topk_group")) if limited else (1, 1)
     if num_experts % num_groups or top_groups > num_groups or num_experts == num_groups > 1:
         raise ConfigError(
-            f"n_group {num_groups} and topk_group {top_groups} do not divide {num_experts} experts", where=cfg.where
+            f"n_group {num_groups} and topk_group {top_groups} do not divide {num_experts} experts",
+            where=cfg.where,
+            remedy=_REMEDY,
         )
     if top_k > num_experts // num_groups * top_groups:
         raise ConfigError(
             f"num_experts_per_tok {top_k} exceeds the {num_experts // num_groups * top_groups} experts of topk_group "
             f"{top_groups}",
             where=cfg.where,
+            remedy=_REMEDY,
         )
     return MoESpec(
         num_experts=num_experts,
