@@ -49,17 +49,23 @@ class Family(NamedTuple):
 
 
 def attention(
-    cfg: ConfigReader, *, head_dim: int | None = None, rotary_share: float | None = None, **particular: Any
+    cfg: ConfigReader,
+    *,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    rotary_share: float | None = None,
+    **particular: Any,
 ) -> AttentionSpec:
-    """Grouped-query attention; `head_dim` holds where the config has none, hidden size by heads where neither has.
+    """Grouped-query attention, with a family's defaults for keys that its config leaves out, as transformers has them.
 
-    `rotary_share` is the family's default for how much of a head turns; without it all of it does.
+    Without a default keys and values have as many heads as queries, these divide the hidden size, and all of a head
+    turns, which is then the only share that is implemented.
 
     Raises:
         ConfigError: names heads that do not divide.
     """
     num_heads = cfg.size("num_attention_heads")
-    num_kv_heads = cfg.size("num_key_value_heads", num_heads)
+    num_kv_heads = cfg.nullable_size("num_key_value_heads", absent=num_kv_heads) or num_heads
     hidden = cfg.size("hidden_size")
     if num_heads % num_kv_heads:
         raise ConfigError(
@@ -79,14 +85,14 @@ def attention(
     return AttentionSpec(num_heads, num_kv_heads, head_dim, rotary_dim, **particular)
 
 
-def latent(cfg: ConfigReader, *, interleaved: bool = True) -> LatentSpec:
-    """Multi-head latent attention as DeepSeek spells it.
+def latent(cfg: ConfigReader, *, num_kv_heads: int | None = None, interleaved: bool = True) -> LatentSpec:
+    """Multi-head latent attention as DeepSeek spells it; `num_kv_heads` holds where the config has none.
 
     Raises:
         ConfigError: names heads of keys that differ from those of queries.
     """
     num_heads, bias = cfg.size("num_attention_heads"), cfg.flag("attention_bias", default=False)
-    num_kv_heads = cfg.size("num_key_value_heads", num_heads)
+    num_kv_heads = cfg.nullable_size("num_key_value_heads", absent=num_kv_heads) or num_heads
     if num_kv_heads != num_heads:
         raise ConfigError(
             f"num_key_value_heads {num_kv_heads} is not num_attention_heads {num_heads}, as latent attention has it",

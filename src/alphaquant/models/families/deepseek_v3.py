@@ -21,7 +21,7 @@ __all__ = ["DEEPSEEK_V3"]
 
 
 def _layers(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
-    heads = latent(cfg, interleaved=cfg.flag("rope_interleave", default=True))
+    heads = latent(cfg, num_kv_heads=128, interleaved=cfg.flag("rope_interleave", default=True))
     moe, plain = sigmoid_experts(cfg), dense(cfg)
     return tuple(LayerSpec(heads, moe if is_routed else plain) for is_routed in deepseek_is_routed(cfg))
 

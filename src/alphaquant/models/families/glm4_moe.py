@@ -23,7 +23,7 @@ __all__ = ["GLM4_MOE"]
 def _layers(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
     bias = cfg.flag("attention_bias", default=False)
     norm = QKNorm.HEAD if cfg.flag("use_qk_norm", default=False) else QKNorm.NONE
-    heads = attention(cfg, rotary_share=0.5, qkv_bias=bias, qk_norm=norm)
+    heads = attention(cfg, num_kv_heads=8, rotary_share=0.5, qkv_bias=bias, qk_norm=norm)
     moe, plain = sigmoid_experts(cfg), dense(cfg)
     return tuple(LayerSpec(heads, moe if is_routed else plain) for is_routed in deepseek_is_routed(cfg))
 

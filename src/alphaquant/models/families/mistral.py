@@ -15,7 +15,7 @@ __all__ = ["MISTRAL"]
 
 def _layers(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
     window = cfg.nullable_size("sliding_window", absent=4096)  # as transformers reads it
-    return uniform(cfg, LayerSpec(attention(cfg, sliding_window=window), dense(cfg)))
+    return uniform(cfg, LayerSpec(attention(cfg, num_kv_heads=8, sliding_window=window), dense(cfg)))
 
 
 MISTRAL = Family("standard", _layers)

@@ -28,7 +28,7 @@ def _layers(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
         normalize_top_k=True,
     )
     window = cfg.nullable_size("sliding_window", absent=None)
-    return uniform(cfg, LayerSpec(attention(cfg, sliding_window=window), moe))
+    return uniform(cfg, LayerSpec(attention(cfg, num_kv_heads=8, sliding_window=window), moe))
 
 
 MIXTRAL = Family("mixtral", _layers, _NAMES, rope_theta=1e6)

@@ -15,7 +15,8 @@ __all__ = ["QWEN2"]
 
 def _layers(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
     return tuple(
-        LayerSpec(attention(cfg, qkv_bias=True, sliding_window=window), dense(cfg)) for window in qwen_windows(cfg)
+        LayerSpec(attention(cfg, num_kv_heads=32, qkv_bias=True, sliding_window=window), dense(cfg))
+        for window in qwen_windows(cfg)
     )
 
 

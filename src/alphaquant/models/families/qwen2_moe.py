@@ -15,7 +15,7 @@ __all__ = ["QWEN2_MOE"]
 
 def _layers(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
     without_windows(cfg)
-    heads = attention(cfg, qkv_bias=cfg.flag("qkv_bias", default=True))
+    heads = attention(cfg, num_kv_heads=16, qkv_bias=cfg.flag("qkv_bias", default=True))
     moe = MoESpec(
         num_experts=cfg.size("num_experts", or_key="num_local_experts"),
         top_k=cfg.size("num_experts_per_tok"),

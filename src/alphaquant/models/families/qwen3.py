@@ -16,7 +16,9 @@ __all__ = ["QWEN3"]
 def _layers(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
     bias = cfg.flag("attention_bias", default=False)
     heads = [
-        attention(cfg, head_dim=128, qkv_bias=bias, out_bias=bias, qk_norm=QKNorm.HEAD, sliding_window=window)
+        attention(
+            cfg, num_kv_heads=32, head_dim=128, qkv_bias=bias, out_bias=bias, qk_norm=QKNorm.HEAD, sliding_window=window
+        )
         for window in qwen_windows(cfg)
     ]
     return tuple(LayerSpec(layer, dense(cfg)) for layer in heads)

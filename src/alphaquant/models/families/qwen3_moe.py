@@ -16,7 +16,7 @@ __all__ = ["QWEN3_MOE"]
 def _layers(cfg: ConfigReader) -> tuple[LayerSpec, ...]:
     without_windows(cfg)
     bias = cfg.flag("attention_bias", default=False)
-    heads = attention(cfg, qkv_bias=bias, out_bias=bias, qk_norm=QKNorm.HEAD)
+    heads = attention(cfg, num_kv_heads=4, qkv_bias=bias, out_bias=bias, qk_norm=QKNorm.HEAD)
     moe = MoESpec(
         num_experts=cfg.size("num_experts", or_key="num_local_experts"),
         top_k=cfg.size("num_experts_per_tok"),
