@@ -7,15 +7,16 @@ and no tensor, is needed here.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from alphaquant.errors import ConfigError
+from alphaquant.errors import ConfigError, PlanError
 from alphaquant.formats import Activation, ElementKind, ScaleKind
 from alphaquant.plan import ModuleKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from alphaquant.formats import Scheme
     from alphaquant.plan import Module
@@ -269,14 +270,11 @@ class Profile:
 
     def _remedy(self, scheme: Scheme, module: Module, tp: int, layout: str, gpu: int | None) -> str:
         """The nearest scheme that is allowed: another group, else the unquantized module."""
-        for group_size in (128, 64, 32, -1):
-            if scheme.format.scale is not ScaleKind.MODEL:
-                break
-            other = type(scheme)(scheme.format, group_size, scheme.symmetric, scheme.scale_dtype)
-            fits = _divides(other, module)
-            if fits and other != scheme and self.allowed(other, module, tp=tp, layout=layout, gpu=gpu) is None:
-                aq = "" if scheme.activation is Activation.BF16 else ' and "aq": "bf16"'
-                return f'give it "group_size": {group_size}{aq}'
+        for other in _neighbours(scheme):
+            if _divides(other, module) and self.allowed(other, module, tp=tp, layout=layout, gpu=gpu) is None:
+                keys = [f'"group_size": {other.group_size}'] if other.group_size != scheme.group_size else []
+                keys += [f'"aq": "{other.activation.value}"'] if other.activation is not scheme.activation else []
+                return f"give it {' and '.join(keys)}"
         elsewhere = [
             name
             for name in self.layouts
@@ -340,6 +338,18 @@ def _rank(scheme: Scheme | None) -> tuple[float, ...]:
     group = scheme.group_size if scheme.group_size > 0 else 1 << 20
     extra = (scheme.scale_bits + (0 if scheme.symmetric else scheme.format.bits)) / group
     return (scheme.format.bits + extra, float(scheme.activation is Activation.BF16))
+
+
+def _neighbours(scheme: Scheme) -> Iterator[Scheme]:
+    """Schemes of the same format with other groups, then with other inputs too, nearest first."""
+    if scheme.format.scale is not ScaleKind.MODEL:
+        return
+    for activation in dict.fromkeys((scheme.activation, *Activation)):
+        for group_size in dict.fromkeys((scheme.group_size, 128, 64, 32, -1)):
+            with suppress(PlanError):  # these do not go together
+                other = replace(scheme, group_size=group_size, activation=activation)
+                if other != scheme:
+                    yield other
 
 
 def _leaf(module: Module) -> str:

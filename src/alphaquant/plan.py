@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError, field_validator
 
 from alphaquant.errors import PlanError
-from alphaquant.formats import FORMATS, UNQUANTIZED, ElementKind, ScaleKind, Scheme, parse_format
+from alphaquant.formats import FORMATS, Activation, ElementKind, ScaleKind, Scheme, parse_format
 from alphaquant.patterns import compile_pattern, generalise, unknown_name, unmatched
-from alphaquant.rules import LEAVE, Override, Rule, read_json, read_text, validation_error
+from alphaquant.rules import ACTIVATIONS, LEAVE, Override, Rule, read_json, read_text, validation_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,10 +25,12 @@ __all__ = ["Explanation", "Module", "ModuleKind", "Override", "Plan", "ResolvedP
 _DEFAULT_WQ = "int4"
 _DEFAULT_GROUP_SIZE = 128
 _STANDARD_GROUPS = (128, 64, 32, 16, 8)
-_SHORTHAND: dict[str, tuple[str, int]] = {
+_SHORTHAND: dict[str, tuple[str, int | str]] = {
     "channel": ("group_size", -1),
     "sym": ("symmetric", True),
     "asym": ("symmetric", False),
+    "a-int8": ("aq", "int8"),
+    "a-fp8": ("aq", "fp8"),
 }
 
 
@@ -121,7 +123,7 @@ class Plan(BaseModel):
 
     @classmethod
     def from_shorthand(cls, text: str) -> Plan:
-        """A plan without overrides from `FORMAT[:gN | :channel][:asym | :sym]`, such as `int3:g64:asym`.
+        """A plan without overrides from `FORMAT[:gN | :channel][:asym | :sym][:a-int8 | :a-fp8]`: `int3:g64:asym`.
 
         Raises:
             PlanError: a part is not known, or is given twice.
@@ -134,7 +136,11 @@ class Plan(BaseModel):
             elif re.fullmatch("g[0-9]{1,9}", part):
                 key, value = "group_size", int(part[1:])
             else:
-                raise PlanError(f"unknown part {part!r}", where=where, remedy="write FORMAT:g64, :channel, :asym, :sym")
+                raise PlanError(
+                    f"unknown part {part!r}",
+                    where=where,
+                    remedy="write FORMAT:g64, :channel, :asym, :sym, :a-int8, :a-fp8",
+                )
             if key in keys:
                 raise PlanError(f"{part!r} sets {key} a second time", where=where, remedy="give it once")
             keys[key] = value
@@ -156,16 +162,17 @@ class Plan(BaseModel):
         matched, warnings = _match(self, modules)
         schemes: dict[str, Scheme | None] = {}
         rules: dict[str, tuple[int, ...]] = {}
-        chosen: dict[tuple[int, ...], _Choice] = {}
+        chosen: dict[tuple[tuple[int, ...], bool], _Choice] = {}
         misfits: list[tuple[Module, _Choice]] = []
         odd_blocks: dict[Scheme, list[str]] = {}
         for module, found in zip(modules, matched, strict=True):
             applied = tuple(found)
             rules[module.name] = applied
             schemes[module.name] = None
-            if applied not in chosen:
-                chosen[applied] = _choose(self, applied, scale_dtype, module.name)
-            choice = chosen[applied]
+            key = (applied, module.quantizable_by_default)
+            if key not in chosen:
+                chosen[key] = _choose(self, applied, scale_dtype, module)
+            choice = chosen[key]
             if choice.scheme is None or (not module.quantizable_by_default and not _opts_in(self, applied)):
                 continue
             schemes[module.name] = choice.scheme
@@ -297,24 +304,16 @@ class _Choice(NamedTuple):
     group_rule: int  # the override that decided the group size; -1 is the default rule
 
 
-def _choose(plan: Plan, applied: Iterable[int], scale_dtype: torch.dtype, name: str) -> _Choice:
-    """Merge the default and these overrides key by key; `name` is for errors.
+def _choose(plan: Plan, applied: Sequence[int], scale_dtype: torch.dtype, module: Module) -> _Choice:
+    """Merge the default and these overrides key by key; `module` is the first that they make.
 
     The group size is the one set by the rule that won `wq` or by a later one; else the format's own block; else the
     last one set before.
     """
-    default = plan.default
-    wq, wq_rule = default.wq or _DEFAULT_WQ, -1
-    group_size, group_rule = default.group_size, -1
-    symmetric, skip = default.symmetric, False
-    for i in applied:
-        rule = plan.overrides[i]
-        if rule.wq is not None:
-            wq, wq_rule = rule.wq, i
-        if rule.group_size is not None:
-            group_size, group_rule = rule.group_size, i
-        symmetric = symmetric if rule.symmetric is None else rule.symmetric
-        skip = skip if rule.skip is None else rule.skip
+    wq, wq_rule = _last(plan, applied, "wq")
+    group_size, group_rule = _last(plan, applied, "group_size")
+    aq, aq_rule = _last(plan, applied, "aq")
+    symmetric, skip = _last(plan, applied, "symmetric")[0], _last(plan, applied, "skip")[0]
     if skip or wq in LEAVE:
         return _Choice(None, wq_rule)
     fmt = parse_format(wq)
@@ -324,10 +323,28 @@ def _choose(plan: Plan, applied: Iterable[int], scale_dtype: torch.dtype, name: 
     elif group_size is None:
         group_size = _DEFAULT_GROUP_SIZE
     if fmt.scale is ScaleKind.E4M3 and group_size != fmt.native_group:
-        what = f"group_size {group_size} for {name}, which is {fmt.name} with blocks of {fmt.native_group}"
+        what = f"group_size {group_size} for {module.name}, which is {fmt.name} with blocks of {fmt.native_group}"
         raise PlanError(what, where=_place(plan, group_rule), remedy="narrow the pattern, or choose another format")
     is_symmetric = symmetric is not False or fmt.kind is not ElementKind.INT
-    return _Choice(Scheme(fmt, group_size, symmetric=is_symmetric, scale_dtype=scale_dtype), group_rule)
+    activation = ACTIVATIONS[aq] if module.quantizable_by_default else Activation.BF16
+    if activation is not ACTIVATIONS[aq] and aq_rule >= 0:
+        what = f'"aq": "{aq}" for {module.name}: the inputs of a {module.kind.value} are never rounded'
+        raise PlanError(what, where=_place(plan, aq_rule), remedy="omit aq there")
+    try:
+        scheme = Scheme(fmt, group_size, symmetric=is_symmetric, scale_dtype=scale_dtype, activation=activation)
+    except PlanError as error:
+        where = _place(plan, max(wq_rule, aq_rule, group_rule))
+        raise PlanError(f"{error.what}, for {module.name}", where=where, remedy=error.remedy) from None
+    return _Choice(scheme, group_rule)
+
+
+def _last(plan: Plan, applied: Sequence[int], key: str) -> tuple[Any, int]:
+    """The last value that a rule sets, and which override that was; of the default rule and -1 where none does."""
+    for i in reversed(applied):
+        value = getattr(plan.overrides[i], key)
+        if value is not None:
+            return value, i
+    return getattr(plan.default, key, None), -1
 
 
 def _misfit(plan: Plan, misfits: Sequence[tuple[Module, _Choice]]) -> PlanError:
@@ -362,7 +379,7 @@ def plan_schema() -> dict[str, Any]:
     """The JSON schema of a plan file, for editors."""
     kinds: dict[str, dict[str, Any]] = {
         "wq": {"enum": [*FORMATS, *LEAVE]},
-        "aq": {"enum": list(UNQUANTIZED)},
+        "aq": {"enum": list(ACTIVATIONS)},
         "group_size": {"type": "integer", "anyOf": [{"minimum": 1}, {"const": -1}]},
         "symmetric": {"type": "boolean"},
         "skip": {"type": "boolean"},

@@ -22,16 +22,19 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from alphaquant.errors import PlanError
-from alphaquant.formats import FORMATS, UNQUANTIZED, ElementKind, ScaleKind, parse_format
+from alphaquant.formats import FORMATS, UNQUANTIZED, Activation, ElementKind, ScaleKind, parse_format
 from alphaquant.patterns import compile_pattern, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["LEAVE", "Override", "Rule", "read_json", "read_text", "validation_error"]
+__all__ = ["ACTIVATIONS", "LEAVE", "Override", "Rule", "read_json", "read_text", "validation_error"]
 
 LEAVE = (*UNQUANTIZED, "fp16")
 """The values of `wq` that leave a module in the checkpoint's own precision."""
+
+ACTIVATIONS = dict.fromkeys(UNQUANTIZED, Activation.BF16) | {activation.value: activation for activation in Activation}
+"""The values of `aq`."""
 
 _MAX_BYTES = 10_000_000
 _MAX_DEPTH = 50
@@ -44,7 +47,9 @@ class Rule(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     wq: StrictStr | None = Field(default=None, description="Weight format; bf16 or none leaves the module unquantized.")
-    aq: StrictStr | None = Field(default=None, description="Activation format; activations stay bf16 in this version.")
+    aq: StrictStr | None = Field(
+        default=None, description="What inputs are rounded to as the model runs, token by token; bf16: nothing."
+    )
     group_size: StrictInt | None = Field(default=None, description="Inputs that share a scale; -1 is one scale a row.")
     symmetric: StrictBool | None = Field(
         default=None, description="False adds a zero point to each group; integers only."
@@ -66,9 +71,10 @@ class Rule(BaseModel):
 
     @field_validator("aq")
     @classmethod
-    def _unquantized_activations(cls, aq: str | None) -> str | None:
-        if aq is not None and aq not in UNQUANTIZED:
-            raise _invalid(f"aq is {_show(aq)}, but activations stay bf16 in this version", 'write "bf16", or omit aq')
+    def _known_activations(cls, aq: str | None) -> str | None:
+        if aq is not None and aq not in ACTIVATIONS:
+            why = "no engine computes it so" if aq in FORMATS else "it is not known"
+            raise _invalid(f"aq is {_show(aq)}, and {why}", _REMEDIES["aq"])
         return aq
 
     @field_validator("group_size")
@@ -80,6 +86,9 @@ class Rule(BaseModel):
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Rule:
+        if self.wq in LEAVE and self.aq not in (None, *UNQUANTIZED):
+            what = f'"aq": "{self.aq}" with wq "{self.wq}": inputs are rounded only where weights are quantized'
+            raise _invalid(what, 'omit aq, or give wq "int8" or "fp8"')
         fmt = FORMATS.get(self.wq or "")
         if fmt is None:
             return self
@@ -127,7 +136,7 @@ class Override(Rule):
 
 _REMEDIES = {
     "wq": 'write a format name in quotes, such as "int4", or "bf16" to leave the module',
-    "aq": 'write "bf16", or omit aq',
+    "aq": 'write "bf16", "int8" or "fp8", the last two being dynamic by token, or omit aq',
     "group_size": "write a positive integer, or -1 for one scale a row",
     "symmetric": "write true or false",
     "skip": "write true or false",

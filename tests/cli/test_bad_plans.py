@@ -38,7 +38,7 @@ PLANS: dict[str, tuple[object, tuple[str, ...]]] = {
         {"overrides": [{"pattern": "model.layers.7.*", "wq": "int8"}]},
         ("model.layers.7.*", "layers are 0 to 1"),
     ),
-    "activations": ({"default": {"aq": "int8"}}, ('aq is "int8"', "default.aq", '"bf16"')),
+    "activations": ({"default": {"aq": "fp4"}}, ('aq is "fp4"', "no engine", "default.aq", '"int8"')),
     "a norm": ({"overrides": [{"pattern": "model.norm", "wq": "int8"}]}, ("model.norm", "norm", "skip")),
     "zero point of a float": ({"default": {"wq": "fp8", "symmetric": False}}, ('"fp8"', "symmetric")),
     "an override of nothing": ({"overrides": [{"pattern": "*.mlp.*"}]}, ("sets nothing", "overrides[0]")),

@@ -120,7 +120,19 @@ def test_fp8_experts_need_rounded_inputs_in_vllm_compressed_tensors():
     assert rules(VLLM, rule, layout="humming") == rules(VLLM, rule) == []
     (found,) = rules(VLLM, rule, layout="compressed-tensors")
     assert '"aq": "fp8"' in found.rule
-    assert found.remedy == "write it with --format humming"
+    assert found.remedy == 'give it "aq": "fp8"'
+    assert rules(VLLM, rule | {"aq": "fp8"}, layout="compressed-tensors") == []
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_rounded_inputs_go_with_one_scale_a_row(name):
+    rule = {"pattern": "*", "wq": name, "aq": name, "group_size": -1}
+    assert rules(VLLM, rule, layout="compressed-tensors") == []
+    (found,) = rules(VLLM, rule | {"group_size": 32}, layout="compressed-tensors")
+    assert found.remedy == 'give it "group_size": -1'
+    assert all(v.remedy == 'give it "aq": "bf16"' for v in rules(TRANSFORMERS, rule) if name == "int8")
+    assert rules(TRANSFORMERS, rule)
+    assert "fails on" not in rules(ANY, rule)[0].rule
 
 
 def test_each_format_goes_where_it_is_read():

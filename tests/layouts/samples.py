@@ -6,26 +6,27 @@ import itertools
 import torch
 
 from alphaquant.errors import PlanError
-from alphaquant.formats import FORMATS, ElementKind, QuantizedTensor, ScaleKind, Scheme
+from alphaquant.formats import FORMATS, Activation, ElementKind, QuantizedTensor, ScaleKind, Scheme
 
 GROUPS = (-1, 8, 16, 32, 64, 128)
 POWERS = torch.tensor([2.0**k for k in range(-127, 128)])  # every E8M0 scale
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def all_schemes(groups=GROUPS, dtypes=(torch.bfloat16,)):
+def all_schemes(groups=GROUPS, dtypes=(torch.bfloat16,), inputs=tuple(Activation)):
     found = []
-    for fmt, group, symmetric, dtype in itertools.product(FORMATS.values(), groups, (True, False), dtypes):
+    choices = itertools.product(FORMATS.values(), groups, (True, False), dtypes, inputs)
+    for fmt, group, symmetric, dtype, activation in choices:
         if fmt.scale is not ScaleKind.MODEL and dtype != dtypes[0]:
             continue  # the scale dtype means nothing to it
         with contextlib.suppress(PlanError):  # a combination that does not exist
-            found.append(Scheme(fmt, group, symmetric=symmetric, scale_dtype=dtype))
+            found.append(Scheme(fmt, group, symmetric=symmetric, scale_dtype=dtype, activation=activation))
     return found
 
 
-def scheme(name, group=None, *, symmetric=True, dtype=torch.bfloat16):
-    fmt = FORMATS[name]
-    return Scheme(fmt, group or fmt.native_group or 32, symmetric=symmetric, scale_dtype=dtype)
+def scheme(name, group=None, *, symmetric=True, dtype=torch.bfloat16, inputs="bf16"):
+    fmt, activation = FORMATS[name], Activation(inputs)
+    return Scheme(fmt, group or fmt.native_group or 32, symmetric=symmetric, scale_dtype=dtype, activation=activation)
 
 
 def random_quantized(scheme, out_features, in_features, seed=0):

@@ -36,6 +36,15 @@ def test_zero_points_lie_along_the_outputs():
     assert torch.equal(stored("humming", q)["zero_point"], expected)
 
 
+def test_integers_of_rounded_inputs_are_plain_bytes():
+    codes = torch.tensor([[0, 1, 127, 128, 129, 255, 128, 128]], dtype=torch.uint8)
+    chosen = scheme("int8", -1, inputs="int8")
+    plain = stored("compressed-tensors", QuantizedTensor(codes, ONE, None, None, chosen))
+    assert plain.keys() == {"weight", "weight_scale"}
+    assert plain["weight"].dtype == torch.int8
+    assert plain["weight"].tolist() == [[-128, -127, -1, 0, 1, 127, 0, 0]]
+
+
 def test_floats():
     values = torch.tensor([[0, 0.125, 7.5, -7.5] * 8])
     chosen = scheme("mxfp6")

@@ -24,8 +24,18 @@ CT_SCHEMES = [
     scheme("fp8", -1),
     scheme("nvfp4"),
     scheme("mxfp4"),
+    scheme("int8", -1, inputs="int8"),
+    scheme("fp8", -1, inputs="fp8"),
 ]
-HUMMING_SCHEMES = [*CT_SCHEMES, scheme("fp6", 64), scheme("fp8_e5m2", -1), scheme("mxfp8_e5m2", 64)]
+HUMMING_SCHEMES = [
+    *CT_SCHEMES,
+    scheme("fp6", 64),
+    scheme("int3", 64, inputs="int8"),
+    scheme("mxfp4", inputs="fp8"),
+    scheme("fp8_e5m2", -1),
+    scheme("mxfp8_e5m2", 64),
+]
+TOKENS = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
@@ -69,6 +79,12 @@ def test_compressed_tensors_groups_match_exactly_their_modules(schemes):
             assert weights["type"] == chosen.format.kind.value
             assert weights["symmetric"] == chosen.symmetric
             assert (weights["group_size"] or -1) == chosen.group_size
+            inputs = {
+                "bf16": None,
+                "int8": TOKENS | {"type": "int"},
+                "fp8": TOKENS | {"type": "float"},
+            }[chosen.activation.value]
+            assert found[0]["input_activations"] == inputs
 
 
 def test_compressed_tensors_config_of_one_format():
@@ -115,6 +131,8 @@ def test_compressed_tensors_config_of_one_format():
         (scheme("mxfp4"), "mxfp4-pack-quantized", {"strategy": "group", "scale_dtype": "torch.uint8"}),
         (scheme("mxfp6"), "mxfp6-pack-quantized", {"num_bits": 6, "scale_dtype": "torch.uint8"}),
         (scheme("mxfp8"), "mxfp8-quantized", {"group_size": 32, "scale_dtype": "torch.uint8"}),
+        (scheme("int8", -1, inputs="int8"), "int-quantized", {"strategy": "channel", "num_bits": 8, "type": "int"}),
+        (scheme("fp8", -1, inputs="fp8"), "float-quantized", {"strategy": "channel", "num_bits": 8, "type": "float"}),
     ],
     ids=str,
 )
@@ -160,7 +178,8 @@ def expected_settings(chosen):
     scale = {"model": None, "e8m0": "float8e8m0", "e4m3": "float8e4m3"}[fmt.scale.value]
     group = 0 if chosen.group_size == -1 else chosen.group_size
     second = "tensor" if fmt.name == "nvfp4" else None
-    return name, scale, group, not chosen.symmetric, second
+    inputs = {"bf16": None, "int8": "int8", "fp8": "float8e4m3"}[chosen.activation.value]
+    return name, scale, group, not chosen.symmetric, second, inputs
 
 
 def assert_served(config, prefix, chosen):
@@ -169,7 +188,7 @@ def assert_served(config, prefix, chosen):
         assert found is None, prefix
         return
     assert found is not None, prefix
-    keys = ("b_dtype", "bs_dtype", "weight_scale_group_size", "has_zero_point", "weight_scale_2_type")
+    keys = ("b_dtype", "bs_dtype", "weight_scale_group_size", "has_zero_point", "weight_scale_2_type", "a_dtype")
     values = tuple(found.get(key, False if key == "has_zero_point" else None) for key in keys)
     assert values == expected_settings(chosen), prefix
 

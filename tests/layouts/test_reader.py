@@ -21,6 +21,7 @@ WEIGHTS = {
     EXPERT.format(0): random_quantized(scheme("nvfp4"), 32, 64, 1),
     EXPERT.format(1): random_quantized(scheme("mxfp8"), 32, 64, 2),
     EXPERT.format(2): random_quantized(scheme("int3", -1, dtype=torch.float32), 32, 64, 3),
+    EXPERT.format(3): random_quantized(scheme("int8", -1, inputs="int8"), 32, 64, 4),
 }
 SCHEMES = {name: q.scheme for name, q in WEIGHTS.items()} | {"lm_head": None, "model.norm": None}
 SHAPES = {name: tuple(q.codes.shape) for name, q in WEIGHTS.items()}
@@ -81,6 +82,7 @@ def test_the_table_is_the_documented_json(tmp_path):
         "scale_dtype": "bfloat16",
         "shape": [96, 64],
     }
+    assert table["modules"][EXPERT.format(3)]["activation"] == "int8"
 
 
 def test_reading_what_is_not_there(tmp_path):
@@ -128,6 +130,9 @@ def entry(**changes):
         (entry(format="fp6", symmetric=True), "compressed-tensors has no format for fp6"),
         (entry(scale_dtype="float8"), "scale_dtype 'float8', not one of bfloat16"),
         (entry(scale_dtype={}), "scale_dtype"),
+        (entry(activation="int4"), "activation 'int4', not one of bf16, int8, fp8"),
+        (entry(activation=[8]), "activation"),
+        (entry(activation="int8"), "zero point would have to be taken off"),
         (entry(shape=[96]), r"shape \[96\]"),
         (entry(shape=[96, -64]), "shape"),
         (entry(shape=[96, 64.0]), "shape"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alphaquant.models import attention
 from alphaquant.models.attention import _scaled_dot_product
-from alphaquant.models.moe import _by_expert, _can_group
+from alphaquant.models.linear import _by_expert, _can_group
 
 BLOCK = attention._QUERIES
 

@@ -30,7 +30,7 @@ from alphaquant.models import (
 )
 from alphaquant.models.moe import route
 from alphaquant.pipeline import load
-from alphaquant.pipeline.collect import Collector
+from alphaquant.pipeline.collect import Collector, Reading
 from alphaquant.plan import ModuleKind
 from alphaquant.solver import Effort, Recipe
 from pipeline import tiny as runs
@@ -300,7 +300,8 @@ def test_the_correction_keeps_its_32_bits(get: Callable[[str], Made], tmp_path: 
 def test_the_gate_weighs_the_shared_experts_hessian(get: Callable[[str], Made]) -> None:
     model = get("qwen2_moe").tiny
     weights, spec, power = model.ours().layers[1], model.spec, 1.0
-    wanted = dict.fromkeys((Source.SHARED_IN, Source.SHARED_HIDDEN, Source.MLP_IN), range(1))
+    sources = (Source.SHARED_IN, Source.SHARED_HIDDEN, Source.MLP_IN)
+    wanted = {Reading(source): range(1) for source in sources}
     collector = Collector(spec.parameters(1), wanted, power)
     x = torch.randn(3, 11, 64, generator=torch.Generator().manual_seed(0))
     mlp_half(x, weights, spec, 1, tap=collector)
@@ -313,29 +314,29 @@ def test_the_gate_weighs_the_shared_experts_hessian(get: Callable[[str], Made]) 
     first, second = (x @ weights[f"mlp.shared_expert.{part}_proj.weight"].double().T for part in ("gate", "up"))
     for source, inputs in ((Source.SHARED_IN, x), (Source.SHARED_HIDDEN, F.silu(first) * second)):
         truth = sum(g * torch.outer(row, row) for g, row in zip(gate[:, 0], inputs, strict=True)) / gate.sum()
-        found = collector.hessians[source]
+        found = collector.hessians[Reading(source)]
         assert found.normalized().shape[0] == 1
         torch.testing.assert_close(found.normalized()[0].double(), truth, rtol=1e-4, atol=1e-5)
         assert found.evidence.tokens_E.tolist() == [33]
         assert float(found.evidence.effective_E) == pytest.approx(float(gate.sum() ** 2 / gate.square().sum()))
     # router and gate read every token alike
-    plain = collector.hessians[Source.MLP_IN].normalized()[0].double()
+    plain = collector.hessians[Reading(Source.MLP_IN)].normalized()[0].double()
     torch.testing.assert_close(plain, x.T @ x / 33, rtol=1e-4, atol=1e-5)
 
 
 def test_shared_experts_without_a_gate_weigh_every_token_alike(get: Callable[[str], Made]) -> None:
     model = get("deepseek").tiny
-    collector = Collector(model.spec.parameters(1), {Source.SHARED_IN: range(1)}, 1.0)
+    collector = Collector(model.spec.parameters(1), {Reading(Source.SHARED_IN): range(1)}, 1.0)
     mlp_half(torch.randn(2, 9, 64), model.ours().layers[1], model.spec, 1, tap=collector)
-    assert collector.hessians[Source.SHARED_IN].evidence.effective_E.tolist() == [18.0]
+    assert collector.hessians[Reading(Source.SHARED_IN)].evidence.effective_E.tolist() == [18.0]
 
 
 def test_scaled_scores_are_what_the_hessians_weigh(get: Callable[[str], Made]) -> None:
     model = get("deepseek-normalised-scaled").tiny
     experts = range(model.spec.layers[1].mlp.num_experts)
-    collector = Collector(model.spec.parameters(1), {Source.EXPERT_IN: experts}, 1.0)
+    collector = Collector(model.spec.parameters(1), {Reading(Source.EXPERT_IN): experts}, 1.0)
     mlp_half(torch.randn(2, 9, 64), model.ours().layers[1], model.spec, 1, tap=collector)
-    assert float(collector.hessians[Source.EXPERT_IN].evidence.score_mass_E.sum()) == pytest.approx(2.5 * 18)
+    assert float(collector.hessians[Reading(Source.EXPERT_IN)].evidence.score_mass_E.sum()) == pytest.approx(2.5 * 18)
 
 
 # --- End to end -----------------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from alphaquant.formats import Activation
 from alphaquant.models import Source, read_layer
 from alphaquant.pipeline import collect, prepare
-from alphaquant.pipeline.collect import collection_passes
+from alphaquant.pipeline.collect import Reading, collection_passes
 from alphaquant.pipeline.layer import LayerQuantizer, Limits, QuantizedLayer
 from alphaquant.solver import HessianSum, Recipe
 from models.families import zoo
@@ -23,6 +24,7 @@ PLAN = {
     "default": {"wq": "int3", "group_size": 32},
     "overrides": [
         {"pattern": "*.experts.2.*", "wq": "int4"},
+        {"pattern": "*.experts.[13].*", "aq": "int8"},
         {"pattern": "*.experts.5.down_proj", "skip": True},
         {"pattern": "*.mlp.gate", "wq": "int8"},
     ],
@@ -73,21 +75,30 @@ def test_less_memory_gives_the_same_layer(get, monkeypatch, family):
 
 
 def test_passes_hold_what_fits_and_the_deepest_come_first():
-    wanted = {Source.MLP_IN: (1, 64), Source.EXPERT_IN: (8, 64), Source.EXPERT_HIDDEN: (8, 32)}
+    wanted = {
+        Reading(Source.MLP_IN): (1, 64),
+        Reading(Source.EXPERT_IN): (8, 64),
+        Reading(Source.EXPERT_HIDDEN): (8, 32),
+    }
     assert len(collection_passes(wanted)) == 1
     size = 4 * 64**2
     passes = collection_passes(wanted, 4 * size)
     assert passes == [
-        {Source.EXPERT_HIDDEN: range(8), Source.EXPERT_IN: range(2)},
-        {Source.EXPERT_IN: range(2, 6)},
-        {Source.EXPERT_IN: range(6, 8), Source.MLP_IN: range(1)},
+        {Reading(Source.EXPERT_HIDDEN): range(8), Reading(Source.EXPERT_IN): range(2)},
+        {Reading(Source.EXPERT_IN): range(2, 6)},
+        {Reading(Source.EXPERT_IN): range(6, 8), Reading(Source.MLP_IN): range(1)},
     ]
 
 
 @pytest.mark.parametrize("hessian_bytes", [1, 5000, 4 * 64**2, 100_000, 1 << 40])
 def test_every_expert_is_collected_once(hessian_bytes):
-    wanted = {Source.MLP_IN: (1, 64), Source.EXPERT_IN: (7, 64), Source.EXPERT_HIDDEN: (7, 96)}
-    found: dict[Source, list[int]] = {source: [] for source in wanted}
+    wanted = {
+        Reading(Source.MLP_IN): (1, 64),
+        Reading(Source.EXPERT_IN): (7, 64),
+        Reading(Source.EXPERT_HIDDEN): (7, 96),
+    }
+    wanted |= {Reading(Source.EXPERT_HIDDEN, Activation.FP8): (7, 96)}
+    found: dict[Reading, list[int]] = {source: [] for source in wanted}
     for one in collection_passes(wanted, hessian_bytes):
         taken = 0
         for source, experts in one.items():

@@ -11,7 +11,7 @@ from alphaquant.errors import NumericsError
 from alphaquant.models import Routing, Source, detect
 from alphaquant.pipeline import layer as layer_module
 from alphaquant.pipeline import load, run_status
-from alphaquant.pipeline.collect import Collector, widths
+from alphaquant.pipeline.collect import Collector, Reading, widths
 from alphaquant.solver import Effort, HessianSum, Recipe
 
 from . import tiny
@@ -110,16 +110,17 @@ def test_rows_that_are_no_numbers_stay_out_of_a_hessian():
     x, score = torch.randn(7, 64), torch.rand(7)
     x[2, 5], x[6, 0] = float("nan"), float("inf")
     counts = torch.tensor([0, 3, 0, 3, 1, 0, 0, 0])
-    wanted = {Source.EXPERT_IN: range(widths(parameters)[Source.EXPERT_IN][0])}
+    reading = Reading(Source.EXPERT_IN)
+    wanted = {reading: range(widths(parameters)[Source.EXPERT_IN][0])}
     collector = Collector(parameters, wanted, 1.0)
     collector(Source.EXPERT_IN, x, Routing(counts, score))
     good = torch.tensor([0, 1, 3, 4, 5])
     expected = HessianSum(8, 64, 1.0)
     expected.add(x[good], [0, 2, 0, 3, 0, 0, 0, 0], score[good])
-    found = collector.hessians[Source.EXPERT_IN]
+    found = collector.hessians[reading]
     assert torch.equal(found.sum_EII, expected.sum_EII)
     assert found.evidence.tokens_E.tolist() == [0, 2, 0, 3, 0, 0, 0, 0]
-    assert collector.rows == {Source.EXPERT_IN: [2, 7]}
+    assert collector.rows == {reading: [2, 7]}
 
 
 def test_strict_makes_an_error_of_a_fallback(tmp_path, text):

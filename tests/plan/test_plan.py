@@ -398,7 +398,14 @@ WRONG = [
     ('{"default": {"wq": "mxpf4"}}', "'mxpf4'", "p.json: default.wq", "mxfp4"),
     ('{"default": {"wq": "INT4"}}', "'INT4'", "p.json: default.wq", "int4"),
     ('{"default": {"wq": null}}', "null", "p.json: default.wq", "omit the key"),
-    ('{"default": {"aq": "int8"}}', 'aq is "int8", but activations stay bf16', "p.json: default.aq", '"bf16"'),
+    ('{"default": {"aq": "int4"}}', 'aq is "int4", and no engine computes it so', "p.json: default.aq", '"int8"'),
+    ('{"default": {"aq": "w8"}}', 'aq is "w8", and it is not known', "p.json: default.aq", '"fp8"'),
+    (
+        '{"overrides": [{"pattern": "*.x", "wq": "bf16", "aq": "fp8"}]}',
+        "rounded only where weights are quantized",
+        "p.json: overrides[0]",
+        "omit aq",
+    ),
     ('{"default": {"group_size": 0}}', "group_size is 0", "default.group_size", "-1 for one scale a row"),
     ('{"default": {"group_size": -2}}', "group_size is -2", "default.group_size", "-1 for one scale a row"),
     ('{"default": {"group_size": "128"}}', 'group_size is "128"', "default.group_size", "positive integer"),
@@ -640,3 +647,49 @@ def test_literal_patterns_are_looked_up_and_others_tried_once_a_name(monkeypatch
     found = Plan.from_dict({"overrides": rules}).resolve(modules).schemes
     assert sum(scheme is not None and scheme.format.name == "int3" for scheme in found.values()) == 10 * 32 * 3
     assert calls == 10 * len(modules)
+
+
+# --- Rounded inputs -------------------------------------------------------------------------------------------------
+
+
+def test_inputs_are_rounded_where_the_last_rule_says():
+    found = schemes(
+        {"pattern": "*.self_attn.*", "wq": "fp8", "aq": "fp8", "group_size": -1},
+        {"pattern": "*.o_proj", "aq": "none"},
+        {"pattern": "lm_head", "wq": "int8", "group_size": -1},
+        wq="int8", aq="int8", group_size=-1,
+    )  # fmt: skip
+    assert found["model.layers.0.mlp.experts.1.up_proj"] == "int8 channel ×int8"
+    assert found["model.layers.1.self_attn.q_proj"] == "fp8 channel ×fp8"
+    assert found["model.layers.1.self_attn.o_proj"] == "fp8 channel"
+    assert found["lm_head"] == "int8 channel"  # heads, routers and gates read what they are given
+    assert found["model.layers.0.mlp.gate"] is None
+
+
+@pytest.mark.parametrize("wq", ["int8", "fp8"])
+@pytest.mark.parametrize("aq", ["int8", "fp8"])
+def test_shorthand_of_rounded_inputs(wq, aq):
+    text = f"{wq}:channel:a-{aq}"
+    if wq != aq:
+        assert resolve_failure(wq=wq, aq=aq, group_size=-1).what.startswith(f"{aq} activations do not go with {wq}")
+        return
+    plan = Plan.from_shorthand(text)
+    assert Plan.from_dict(json.loads(plan.to_json())) == plan
+    assert {str(s) for s in plan.resolve(olmoe()).schemes.values() if s} == {f"{wq} channel ×{aq}"}
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ({"pattern": "*.up_proj", "wq": "mxfp4", "aq": "int8"}, "integers are multiplied with integers"),
+        ({"pattern": "*.up_proj", "wq": "nvfp4", "aq": "fp8"}, "groups of 32 or more"),
+        ({"pattern": "*.up_proj", "wq": "int4", "symmetric": False, "aq": "int8"}, "zero point"),
+        ({"pattern": "*.mlp.gate", "wq": "int8", "aq": "int8"}, "a router are never rounded"),
+        ({"pattern": "lm_head", "wq": "int8", "aq": "int8"}, "a head are never rounded"),
+    ],
+)
+def test_what_no_kernel_multiplies_is_refused_with_its_reason(override, what):
+    error = resolve_failure(override)
+    assert what in error.what
+    assert "overrides[0]" in error.where
+    assert "aq" in error.remedy

@@ -27,7 +27,16 @@ CASES = {
     "olmoe": {"plan": tiny.SERVED_PLAN},
     "llama": {"plan": tiny.HUMMING_PLAN, "dtype": "bfloat16"},
     "deepseek": {"plan": tiny.SERVED_PLAN | {"overrides": [{"pattern": "lm_head", "wq": "int4", "group_size": 32}]}},
-    "qwen2_moe": {"plan": {"default": {"wq": "int3"}, "overrides": [{"pattern": "*.experts.*", "skip": True}]}},
+    "qwen2_moe": {
+        "plan": {
+            "default": {"wq": "int3"},
+            "overrides": [
+                {"pattern": "*.experts.*", "skip": True},
+                {"pattern": "*.experts.[1-3].*", "skip": False, "wq": "int8", "aq": "int8"},
+                {"pattern": "*.experts.[4-5].*", "skip": False, "wq": "fp8", "aq": "fp8", "group_size": -1},
+            ],
+        }
+    },
     "mixtral": {"plan": tiny.HUMMING_PLAN, "calibrated": False, "num_local_experts": 3},
 }
 _PLAN_DEFAULT = {"group_size": 32}

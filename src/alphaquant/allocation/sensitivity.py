@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from alphaquant.allocation.costs import Costs, relative_errors, scale_dtype
 from alphaquant.allocation.predict import Inputs, predict
 from alphaquant.models import head_input, head_weight, read_layer, read_outer
-from alphaquant.pipeline.collect import Collector, widths
+from alphaquant.pipeline.collect import Collector, Reading, widths
 from alphaquant.pipeline.run import compute_dtype
 from alphaquant.pipeline.stream import attend, embed, feed, silent
 from alphaquant.plan import ModuleKind
@@ -129,16 +129,16 @@ def sensitivity_costs(
         weights = read_layer(prepared.source, spec, layer, work_dtype, device)
         for half, in_half in ((attend, True), (feed, False)):
             found = [p for p in linears[layer] if (p.kind is ModuleKind.ATTENTION) == in_half]
-            wanted = {source: range(experts) for source, (experts, _) in widths(found).items()}
+            wanted = {Reading(source): range(experts) for source, (experts, _) in widths(found).items()}
             collector = Collector(spec.parameters(layer), wanted, recipe.routing_power, recipe.backend)
             progress("calibrate", layer, spec.num_layers, tokens.ids.numel())
             half(x_NLD, weights, spec, layer, tap=collector)
             progress("predict", layer, spec.num_layers)
-            for source in list(collector.hessians):
-                hessian = collector.hessians.pop(source)
+            for reading in list(collector.hessians):
+                hessian = collector.hessians.pop(reading)
                 share_E = _shares(hessian.evidence, tokens.ids.numel())
                 inputs = _inputs(hessian, recipe)
-                for parameter in (p for p in found if p.source is source):
+                for parameter in (p for p in found if p.source is reading.source):
                     schemes = [_scheme(c, parameter, scale_dtype(prepared)) for c in candidates]
                     probe = _probe(schemes, errors)
                     loss_EF, off = _losses(weights[parameter.key], inputs, schemes, probe)

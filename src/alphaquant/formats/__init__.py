@@ -11,6 +11,7 @@ from alphaquant.formats.codec import (
     round_scale,
 )
 from alphaquant.formats.grid import decode, encode, round_to_grid
+from alphaquant.formats.inputs import round_inputs
 from alphaquant.formats.packing import pack_int32, pack_rows, unpack_int32, unpack_rows
 from alphaquant.formats.spec import (
     FORMATS,
@@ -43,6 +44,7 @@ __all__ = [
     "quantize",
     "quantize_values",
     "quantize_with",
+    "round_inputs",
     "round_scale",
     "round_to_grid",
     "unpack_int32",

@@ -12,6 +12,7 @@ import torch
 
 from alphaquant.errors import CheckpointError
 from alphaquant.formats import (
+    Activation,
     ElementKind,
     QuantizedTensor,
     ScaleKind,
@@ -53,6 +54,7 @@ _FLOAT_FORMATS = {
     "mxfp6": "mxfp6-pack-quantized",
     "mxfp8": "mxfp8-quantized",
 }
+_ROUNDED_FORMATS = {"int8": "int-quantized", "fp8": "float-quantized"}  # whose inputs are rounded as well
 _SCALE_DTYPES = {ScaleKind.E8M0: torch.uint8, ScaleKind.E4M3: torch.float8_e4m3fn}
 _NOT_LINEAR = (ModuleKind.NORM, ModuleKind.EMBEDDING)
 
@@ -67,8 +69,13 @@ class CompressedTensorsLayout:
         fmt = scheme.format
         if (misfit := group_misfit(scheme, shape)) is not None:
             return misfit
-        if fmt.kind is ElementKind.INT:
-            return None
+        if scheme.activation is not Activation.BF16:
+            is_held = fmt.name in _ROUNDED_FORMATS and scheme.group_size == -1
+            return None if is_held else "compressed-tensors rounds inputs for int8 and fp8 weights of one scale a row"
+        return None if fmt.kind is ElementKind.INT else self._unsupported_float(scheme)
+
+    def _unsupported_float(self, scheme: Scheme) -> str | None:
+        fmt = scheme.format
         if fmt.name not in _FLOAT_FORMATS:
             return f"compressed-tensors has no format for {fmt.name} weights"
         if fmt.scale is ScaleKind.MODEL and scheme.group_size != -1:
@@ -91,7 +98,9 @@ class CompressedTensorsLayout:
         out_features, in_features = q.codes.shape
         require(self.unsupported(scheme, (out_features, in_features)), module, self.name)
         stored: dict[str, Tensor] = {}
-        if fmt.kind is ElementKind.INT:
+        if fmt.kind is ElementKind.INT and scheme.activation is not Activation.BF16:
+            stored["weight"] = (q.codes ^ 0x80).view(torch.int8)  # two's complement of offset-binary codes
+        elif fmt.kind is ElementKind.INT:
             stored["weight_packed"] = pack_int32(q.codes, fmt.bits)
             stored["weight_shape"] = torch.tensor([out_features, in_features])
         elif fmt.bits == 8:
@@ -117,7 +126,9 @@ class CompressedTensorsLayout:
         fmt, (out_features, in_features) = scheme.format, shape
         num_groups = scheme.num_groups(in_features)
         get = getter(module, read)
-        if fmt.kind is ElementKind.INT:
+        if fmt.kind is ElementKind.INT and scheme.activation is not Activation.BF16:
+            codes = get("weight", torch.int8, out_features, in_features).view(torch.uint8) ^ 0x80
+        elif fmt.kind is ElementKind.INT:
             packed = get("weight_packed", torch.int32, out_features, word_count(in_features, fmt.bits))
             codes = unpack_int32(packed, fmt.bits, in_features)
             _check_shape(module, get("weight_shape", torch.int64, 2).tolist(), shape)
@@ -141,12 +152,12 @@ class CompressedTensorsLayout:
     ) -> dict[str, Any] | None:
         """Disjoint config groups, one for each kind of weight; None when nothing is quantized."""
         patterns = NamePatterns(schemes)
-        groups: dict[tuple[str, int, bool], dict[str, Any]] = {}
-        members: dict[tuple[str, int, bool], list[str]] = {}
+        groups: dict[tuple[str, int, bool, Activation], dict[str, Any]] = {}
+        members: dict[tuple[str, int, bool, Activation], list[str]] = {}
         for name, scheme in schemes.items():
             if scheme is None:
                 continue
-            key = (scheme.format.name, scheme.group_size, scheme.symmetric)
+            key = (scheme.format.name, scheme.group_size, scheme.symmetric, scheme.activation)
             groups.setdefault(key, _group(scheme))
             members.setdefault(key, []).append(name)
         if not groups:
@@ -173,9 +184,10 @@ def ignored_modules(schemes: Mapping[str, Scheme | None], kinds: Mapping[str, Mo
 
 def _leaves(scheme: Scheme) -> Iterator[str]:
     fmt = scheme.format
-    yield "weight" if fmt.kind is ElementKind.FLOAT and fmt.bits == 8 else "weight_packed"
+    is_plain = fmt.bits == 8 and (fmt.kind is ElementKind.FLOAT or scheme.activation is not Activation.BF16)
+    yield "weight" if is_plain else "weight_packed"
     yield "weight_scale"
-    if fmt.kind is ElementKind.INT:
+    if fmt.kind is ElementKind.INT and not is_plain:
         yield "weight_shape"
     if not scheme.symmetric:
         yield "weight_zero_point"
@@ -211,10 +223,15 @@ def _group(scheme: Scheme) -> dict[str, Any]:
     }
     if fmt.scale in _SCALE_DTYPES:
         weights["scale_dtype"] = str(_SCALE_DTYPES[fmt.scale])
+    inputs = None
+    if scheme.activation is not Activation.BF16:
+        kind = ElementKind.INT if scheme.activation is Activation.INT8 else ElementKind.FLOAT
+        inputs = {"num_bits": 8, "type": kind.value, "symmetric": True, "strategy": "token", "dynamic": True}
+    formats = _FLOAT_FORMATS if inputs is None else _ROUNDED_FORMATS
     return {
         "targets": [],
-        "format": _FLOAT_FORMATS.get(fmt.name, _INT_FORMAT),
+        "format": formats.get(fmt.name, _INT_FORMAT),
         "weights": weights,
-        "input_activations": None,
+        "input_activations": inputs,
         "output_activations": None,
     }

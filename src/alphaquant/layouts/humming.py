@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alphaquant.engines import FUSED
-from alphaquant.formats import ElementKind, QuantizedTensor, ScaleKind, pack_int32, unpack_int32
+from alphaquant.formats import Activation, ElementKind, QuantizedTensor, ScaleKind, pack_int32, unpack_int32
 from alphaquant.layouts.compressed_tensors import ignored_modules
 from alphaquant.layouts.names import NamePatterns
 from alphaquant.layouts.stored import (
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["HummingLayout"]
 
 _E8M0: torch.dtype | None = getattr(torch, "float8_e8m0fnu", None)  # torch 2.7
+_INPUTS = {Activation.INT8: "int8", Activation.FP8: "float8e4m3"}
 _SCALE_NAMES = {ScaleKind.E8M0: "float8e8m0", ScaleKind.E4M3: "float8e4m3"}
 
 # What an engine loads as one module, by the member's last name; its name must share the members' scheme.
@@ -178,6 +179,7 @@ def _settings(scheme: Scheme) -> _Settings:
         ("weight_scale_group_size", max(scheme.group_size, 0)),  # 0: one scale a row
         ("has_zero_point", not scheme.symmetric),
         ("weight_scale_2_type", "tensor" if fmt.scale is ScaleKind.E4M3 else None),
+        ("a_dtype", _INPUTS.get(scheme.activation)),  # None: the model's own; scales are the token's
     )
 
 

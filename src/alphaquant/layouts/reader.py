@@ -2,7 +2,7 @@
 
 ``alphaquant/modules.json`` in the checkpoint's directory says which modules are quantized, and how:
 ``{"version": 1, "layout": "humming", "modules": {NAME: {"format": "int4", "group_size": 128, "symmetric": true,
-"scale_dtype": "bfloat16", "shape": [O, I]}}}``.
+"scale_dtype": "bfloat16", "shape": [O, I]}}}``, and ``"activation": "int8"`` where a module rounds its inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from alphaquant.checkpoint import BlockScaled, Checkpoint, unquantized
 from alphaquant.errors import CheckpointError, PlanError
-from alphaquant.formats import Scheme, dequantize, parse_format
+from alphaquant.formats import Activation, Scheme, dequantize, parse_format
 from alphaquant.layouts.base import LAYOUTS, Layout
 from alphaquant.layouts.derived import Derived, DerivedSource
 from alphaquant.layouts.peers import is_peer, open_peer
@@ -66,6 +66,7 @@ def module_table(
             "symmetric": scheme.symmetric,
             "scale_dtype": dtype_name(scheme.scale_dtype),
             "shape": list(shapes[name]),
+            **({} if scheme.activation is Activation.BF16 else {"activation": scheme.activation.value}),
         }
         for name, scheme in schemes.items()
         if scheme is not None
@@ -187,8 +188,8 @@ def _read_table(path: Path) -> tuple[Layout, dict[str, StoredModule]] | None:
 
 def _parse_entry(path: Path, name: str, entry: Any, layout: Layout) -> StoredModule:
     where = f"its entry {name!r}"
-    if not isinstance(entry, dict) or set(entry) != set(_KEYS):
-        raise _malformed(path, f"{where} does not have exactly the keys {', '.join(_KEYS)}")
+    if not isinstance(entry, dict) or {"activation", *entry} != {"activation", *_KEYS}:
+        raise _malformed(path, f"{where} does not have exactly the keys {', '.join(_KEYS)}, and activation or not")
     format_name, group_size, symmetric, scale_dtype, shape = (entry[key] for key in _KEYS)
     if type(group_size) is not int or not isinstance(symmetric, bool) or not isinstance(format_name, str):
         raise _malformed(path, f"{where} has a format, group_size or symmetric of a wrong type")
@@ -196,11 +197,15 @@ def _parse_entry(path: Path, name: str, entry: Any, layout: Layout) -> StoredMod
         raise _malformed(path, f"{where} has the scale_dtype {scale_dtype!r}, not one of {', '.join(_SCALE_DTYPES)}")
     if not isinstance(shape, list) or len(shape) != 2 or not all(type(size) is int and size > 0 for size in shape):
         raise _malformed(path, f"{where} has the shape {str(shape)[:80]}, not [outputs, inputs]")
+    activation = entry.get("activation", Activation.BF16.value)
+    if activation not in (known := [each.value for each in Activation]):
+        raise _malformed(path, f"{where} has the activation {str(activation)[:80]!r}, not one of {', '.join(known)}")
     try:
         fmt = parse_format(format_name)
         if fmt is None:
             raise _malformed(path, f"{where} has the format {format_name!r}, which is none of a quantized module")
-        scheme = Scheme(fmt, group_size, symmetric=symmetric, scale_dtype=_SCALE_DTYPES[scale_dtype])
+        dtype = _SCALE_DTYPES[scale_dtype]
+        scheme = Scheme(fmt, group_size, symmetric=symmetric, scale_dtype=dtype, activation=Activation(activation))
     except PlanError as error:
         raise _malformed(path, f"{where}: {error.what}") from error
     size = (shape[0], shape[1])

@@ -2,7 +2,6 @@
 
 from alphaquant.models.decoder import (
     Decoder,
-    LayerWeights,
     attention_half,
     expert_choice,
     head_input,
@@ -11,6 +10,7 @@ from alphaquant.models.decoder import (
     rope_for,
 )
 from alphaquant.models.families import FAMILIES, detect
+from alphaquant.models.linear import LayerWeights, as_served
 from alphaquant.models.spec import MLPSpec, ModelSpec, MoESpec, Parameter, Source
 from alphaquant.models.tap import Routing, Tap
 from alphaquant.models.weights import (
@@ -35,6 +35,7 @@ __all__ = [
     "Source",
     "Tap",
     "TensorSource",
+    "as_served",
     "attention_half",
     "check_tensors",
     "detect",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from alphaquant.models.linear import linear
 from alphaquant.models.spec import AttentionSpec, LatentSpec, QKNorm, Source
 from alphaquant.numerics import bf16_products
 
@@ -156,7 +157,7 @@ def attention(
 
 
 def _project(name: str, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    return F.linear(x, weights[f"self_attn.{name}.weight"], weights.get(f"self_attn.{name}.bias"))
+    return linear(x, weights, f"self_attn.{name}")
 
 
 def _heads(

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.models.attention import KeyValueCache, attention, rms_norm
+from alphaquant.models.linear import LayerWeights
 from alphaquant.models.moe import feed_forward, route
 from alphaquant.models.rope import rope_tables
 from alphaquant.models.spec import MoESpec
@@ -20,13 +20,13 @@ from alphaquant.models.spec import MoESpec
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from torch import Tensor
+
     from alphaquant.models.moe import Choice
     from alphaquant.models.spec import ModelSpec
     from alphaquant.models.tap import Tap
 
 __all__ = ["Decoder", "LayerWeights", "attention_half", "expert_choice", "head_input", "mlp_half", "rope_for"]
-
-LayerWeights = dict[str, Tensor]
 
 
 def rope_for(spec: ModelSpec, length: int, device: torch.device | str, start: int = 0) -> tuple[Tensor, Tensor]:

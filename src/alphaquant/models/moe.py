@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from alphaquant.models.linear import expert_linear, linear
 from alphaquant.models.spec import MLPSpec, MoESpec, Scoring, Source
 from alphaquant.models.tap import Routing
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Choice", "feed_forward", "route"]
 
-_GROUPED = (torch.bfloat16, torch.float16, torch.float32)
 _TINY = 1e-20  # sigmoids may all be zero
 
 
@@ -98,7 +98,7 @@ def _mlp(
     tap: Tap | None,
 ) -> Tensor:
     def project(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, weights[f"{prefix}.{name}.weight"], weights.get(f"{prefix}.{name}.bias"))
+        return linear(x, weights, f"{prefix}.{name}")
 
     hidden_TF = F.silu(project("gate_proj", x_TD)) * project("up_proj", x_TD)
     if tap is not None:
@@ -119,7 +119,7 @@ def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap
         tap(Source.EXPERT_IN, x_RD, routing)
         tap(Source.EXPERT_HIDDEN, _expert_hidden(x_RD, counts_E, weights), routing)
         return x_TD
-    out_RD = _by_expert(_expert_hidden(x_RD, counts_E, weights), counts_E, weights["mlp.experts.down_proj.weight"])
+    out_RD = expert_linear(_expert_hidden(x_RD, counts_E, weights), counts_E, weights, "mlp.experts.down_proj")
     # gathers and a sum in fixed order give the same result on every device; scattered adds would not
     place_TK = order_R.argsort().view_as(choice.topk_ids_TK)
     score_TK = choice.score_TK.to(x_TD.dtype)
@@ -130,23 +130,5 @@ def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap
 
 
 def _expert_hidden(x_RD: Tensor, counts_E: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    gate, up = (_by_expert(x_RD, counts_E, weights[f"mlp.experts.{name}.weight"]) for name in ("gate_proj", "up_proj"))
+    gate, up = (expert_linear(x_RD, counts_E, weights, f"mlp.experts.{name}") for name in ("gate_proj", "up_proj"))
     return F.silu(gate) * up
-
-
-def _by_expert(x_RI: Tensor, counts_E: Tensor, w_EOI: Tensor) -> Tensor:
-    """Each row times the weight of its expert `[R, O]`; rows are sorted by expert."""
-    if _can_group(x_RI, w_EOI):
-        return F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=counts_E.cumsum(0, dtype=torch.int32))
-    parts = zip(x_RI.split(counts_E.tolist()), w_EOI.unbind(), strict=True)
-    return torch.cat([F.linear(rows, w_OI) for rows, w_OI in parts])
-
-
-def _can_group(x_RI: Tensor, w_EOI: Tensor) -> bool:
-    """Whether the library has one product for all experts (torch 2.10), for these types, sizes and places."""
-    if not hasattr(F, "grouped_mm") or x_RI.dtype not in _GROUPED or not len(x_RI):
-        return False
-    if x_RI.device.type == "cuda" and torch.cuda.get_device_capability(x_RI.device) < (8, 0):
-        return False
-    places = (x_RI.data_ptr(), w_EOI.data_ptr(), *(size * x_RI.itemsize for size in w_EOI.shape[1:]))
-    return all(place % 16 == 0 for place in places)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from alphaquant.errors import CheckpointError, NumericsError
-from alphaquant.models.decoder import Decoder, LayerWeights
+from alphaquant.models.decoder import Decoder
+from alphaquant.models.linear import LayerWeights, as_served
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from alphaquant.checkpoint import TensorInfo
+    from alphaquant.formats import Scheme
     from alphaquant.models.spec import ModelSpec, Parameter
 
 __all__ = ["TensorSource", "check_tensors", "load_decoder", "logical", "read_layer", "read_outer", "unfused"]
@@ -238,12 +240,19 @@ def read_outer(
 
 
 def load_decoder(
-    source: TensorSource, spec: ModelSpec, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    source: TensorSource,
+    spec: ModelSpec,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    schemes: Mapping[str, Scheme | None] | None = None,
 ) -> Decoder:
-    """The whole model in memory; `source` as for `logical`."""
+    """The whole model in memory; `source` as for `logical`, and inputs rounded as the modules' `schemes` say."""
     dtype = spec.dtype if dtype is None else dtype
     source = logical(source, spec)
-    layers = [read_layer(source, spec, index, dtype, device) for index in range(spec.num_layers)]
+    layers = [
+        as_served(read_layer(source, spec, index, dtype, device), spec, index, schemes or {})
+        for index in range(spec.num_layers)
+    ]
     return Decoder(spec, read_outer(source, spec, dtype, device), layers)
 
 

@@ -6,10 +6,11 @@ Where memory does not hold all Hessians at once they are collected in several pa
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from alphaquant.formats import Activation, round_inputs
 from alphaquant.models import Source
 from alphaquant.pipeline.records import RoutingRecord
 from alphaquant.pipeline.stream import is_finite
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from alphaquant.models import Parameter, Routing
 
-__all__ = ["ROUTED", "Collector", "Shown", "collection_passes", "widths"]
+__all__ = ["ROUTED", "Collector", "Reading", "Shown", "collection_passes", "widths"]
 
 # sources whose routing is kept whether or not what reads them is quantized
 ROUTED = (Source.EXPERT_IN, Source.SHARED_IN)
@@ -42,34 +43,41 @@ _DEEPEST_FIRST = (
 )
 
 
+class Reading(NamedTuple):
+    """Whose Hessian linears share: the source that they read, and what they round it to."""
+
+    source: Source
+    activation: Activation = Activation.BF16
+
+
 def widths(parameters: Iterable[Parameter]) -> dict[Source, tuple[int, int]]:
     """How many experts read each source, and how many inputs it has."""
     return {p.source: (p.num_experts or 1, p.shape[-1]) for p in parameters if p.source is not None}
 
 
 def collection_passes(
-    wanted: Mapping[Source, tuple[int, int]], hessian_bytes: int = sys.maxsize
-) -> list[dict[Source, range]]:
+    wanted: Mapping[Reading, tuple[int, int]], hessian_bytes: int = sys.maxsize
+) -> list[dict[Reading, range]]:
     """Which experts' Hessians each forward pass collects: all in one pass where they fit.
 
     The deepest sources come first. What is solved after a pass so never changes the inputs that a later one sees, and
     any number of passes gives the same Hessians as one.
 
     Args:
-        wanted: experts and inputs of each source.
+        wanted: experts and inputs of each reading.
         hessian_bytes: what the sums of a pass may take; one expert's are always allowed.
     """
-    passes: list[dict[Source, range]] = [{}]
+    passes: list[dict[Reading, range]] = [{}]
     left = hessian_bytes
-    for source in sorted(wanted, key=_DEEPEST_FIRST.index):
-        num_experts, in_features = wanted[source]
+    for reading in sorted(wanted, key=lambda reading: _DEEPEST_FIRST.index(reading.source)):
+        num_experts, in_features = wanted[reading]
         size, first = 4 * in_features**2, 0
         while first < num_experts:
             if left < size and passes[-1]:
                 passes.append({})
                 left = hessian_bytes
             stop = min(num_experts, first + max(1, left // size))
-            passes[-1][source] = range(first, stop)
+            passes[-1][reading] = range(first, stop)
             left -= (stop - first) * size
             first = stop
     return passes
@@ -87,11 +95,11 @@ class Shown:
 
 
 class Collector:
-    """A tap that sums a Hessian for every wanted source, and always keeps what the router and the shared gate did.
+    """A tap that sums a Hessian for every wanted reading of a source, and keeps what router and shared gate did.
 
     Args:
         parameters: the layer's; they say how wide each source is and how many experts read it.
-        wanted: sources whose linears are to be quantized, and which of their experts.
+        wanted: what linears that are to be quantized read, and which of their experts.
         routing_power: rows of routed sources weigh their score to this power.
         backend: what sums the Hessians.
     """
@@ -99,7 +107,7 @@ class Collector:
     def __init__(
         self,
         parameters: Iterable[Parameter],
-        wanted: Mapping[Source, range],
+        wanted: Mapping[Reading, range],
         routing_power: float,
         backend: Backend = Backend.AUTO,
     ) -> None:
@@ -107,42 +115,52 @@ class Collector:
         self._power = routing_power
         self._widths = widths(parameters)
         self._wanted = wanted
-        self.hessians: dict[Source, HessianSum] = {}
+        self.hessians: dict[Reading, HessianSum] = {}
         self._chosen: dict[Source, EvidenceSum] = {}
-        self.rows: dict[Source, list[int]] = {}
-        """Of each wanted source the rows that were left out because they are no numbers, and all rows."""
+        self.rows: dict[Reading, list[int]] = {}
+        """Of each wanted reading the rows that were left out because they are no numbers, and all rows."""
 
     def __call__(self, source: Source, x: Tensor, routing: Routing | None = None) -> None:
         """See `alphaquant.models.Tap`."""
-        x_RI, experts = x.flatten(0, -2), self._wanted.get(source)
-        if experts is not None and routing is not None:
-            counts = routing.counts_E.tolist()
-            x_RI = x_RI[sum(counts[: experts.start]) : sum(counts[: experts.stop])]
-        self.add(source, x_RI, routing)
+        x_RI = x.flatten(0, -2)
+        self.note(source, routing)
+        for reading, experts in self._wanted.items():
+            if reading.source is source:
+                counts = None if routing is None else routing.counts_E.tolist()
+                rows = slice(None) if counts is None else _rows(counts, experts)
+                self.add(reading, x_RI[rows], routing)
 
-    def add(self, source: Source, x_RI: Tensor, routing: Routing | None) -> None:
-        """Add the rows of wanted experts alone, with the routing of all that the source showed."""
-        counts = None if routing is None else routing.counts_E.tolist()
-        score_R = None if routing is None else routing.score_R
-        if source in ROUTED and counts is not None:
-            self._chosen.setdefault(source, EvidenceSum(len(counts), self._power)).add(counts, score_R)
-        experts = self._wanted.get(source)
+    def note(self, source: Source, routing: Routing | None) -> None:
+        """Count what the router or the shared gate did, of sources that they route."""
+        if source in ROUTED and routing is not None:
+            counts = routing.counts_E.tolist()
+            self._chosen.setdefault(source, EvidenceSum(len(counts), self._power)).add(counts, routing.score_R)
+
+    def add(self, reading: Reading, x_RI: Tensor, routing: Routing | None) -> None:
+        """Add the rows of wanted experts alone, with the routing of all that their source showed."""
+        experts = self._wanted.get(reading)
         if experts is None:
             return
-        if source not in self.hessians:
-            width = self._widths[source][1]
-            self.hessians[source] = HessianSum(len(experts), width, self._power, x_RI.device, self._backend)
+        if reading not in self.hessians:
+            width = self._widths[reading.source][1]
+            self.hessians[reading] = HessianSum(len(experts), width, self._power, x_RI.device, self._backend)
+        counts = None if routing is None else routing.counts_E.tolist()
+        score_R = None if routing is None else routing.score_R
         if counts is not None and len(experts) < len(counts):
-            rows = slice(sum(counts[: experts.start]), sum(counts[: experts.stop]))
+            rows = _rows(counts, experts)
             counts = counts[experts.start : experts.stop]
             score_R = None if score_R is None else score_R[rows]
-        self.hessians[source].add(*self._numbers(source, x_RI, counts, score_R))
+        x_RI, counts, score_R = self._numbers(reading, x_RI, counts, score_R)
+        if reading.activation is not Activation.BF16:
+            grid_RI, scale_R1 = round_inputs(x_RI, reading.activation)
+            x_RI = (grid_RI * scale_R1).to(x_RI.dtype)
+        self.hessians[reading].add(x_RI, counts, score_R)
 
     def _numbers(
-        self, source: Source, x_RI: Tensor, counts: list[int] | None, score_R: Tensor | None
+        self, reading: Reading, x_RI: Tensor, counts: list[int] | None, score_R: Tensor | None
     ) -> tuple[Tensor, list[int] | None, Tensor | None]:
         """The rows that are numbers, as they almost always are: one of NaN would spoil the whole Hessian."""
-        seen = self.rows.setdefault(source, [0, 0])
+        seen = self.rows.setdefault(reading, [0, 0])
         seen[1] += x_RI.shape[0]
         if is_finite(x_RI):
             return x_RI, counts, score_R
@@ -158,6 +176,11 @@ class Collector:
             return None
         shared = self._chosen.get(Source.SHARED_IN)
         return _record(self._chosen[Source.EXPERT_IN], None if shared is None else _record(shared))
+
+
+def _rows(counts: list[int], experts: range) -> slice:
+    """Of rows that are sorted by expert, those of some."""
+    return slice(sum(counts[: experts.start]), sum(counts[: experts.stop]))
 
 
 def _record(chosen: EvidenceSum, shared: RoutingRecord | None = None) -> RoutingRecord:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -12,7 +12,7 @@ from alphaquant.calibration import evaluation_windows, is_tokenised, load_tokeni
 from alphaquant.checkpoint import resolve_model
 from alphaquant.errors import CalibrationError, ConfigError, NumericsError
 from alphaquant.evaluation import Quality, WindowScores, router_agreement, score_windows
-from alphaquant.layouts import open_source
+from alphaquant.layouts import QuantizedCheckpoint, open_source
 from alphaquant.models import (
     Decoder,
     ModelSpec,
@@ -30,10 +30,12 @@ from alphaquant.pipeline.run import compute_dtype
 from alphaquant.pipeline.stream import Progress, chunks, embed, silent, through
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
 
+    from alphaquant.formats import Scheme
     from alphaquant.models import LayerWeights
 
 __all__ = ["evaluate_checkpoint", "load"]
@@ -54,8 +56,8 @@ def load(path: str | Path, *, dtype: str = "auto", device: torch.device | str = 
     Raises:
         CheckpointError, ConfigError: the directory is not a checkpoint of a known family.
     """
-    source, spec = _open(resolve_model(path))
-    return load_decoder(source, spec, compute_dtype(dtype, spec, torch.device(device)), device)
+    source, spec, schemes = _open(resolve_model(path))
+    return load_decoder(source, spec, compute_dtype(dtype, spec, torch.device(device)), device, schemes)
 
 
 def evaluate_checkpoint(
@@ -87,26 +89,27 @@ def evaluate_checkpoint(
     Raises:
         AlphaQuantError: what is wrong with the checkpoint or the text.
     """
-    source, spec = _open(path)
+    model = _open(path)
+    spec = model.spec
     seqlen = min(seqlen, spec.max_positions)
     if seqlen < 2:
         raise CalibrationError(f"a window of {seqlen} tokens predicts nothing", remedy="give --seqlen 2 or more")
     tokenizer = None if is_tokenised(data) else load_tokenizer(path)
     batch = evaluation_windows(data, tokenizer, seqlen=seqlen, max_windows=max_windows, vocab_size=spec.vocab_size)
-    models = [(source, spec)]
+    models = [model]
     if against is not None:
         original = _open(against)
-        if original[1].vocab_size != spec.vocab_size:
+        if original.spec.vocab_size != spec.vocab_size:
             raise ConfigError(
-                f"the vocabularies differ: {spec.vocab_size} and {original[1].vocab_size} tokens",
+                f"the vocabularies differ: {spec.vocab_size} and {original.spec.vocab_size} tokens",
                 where=f"{path}, {against}",
                 remedy="give as --against the model that was quantized",
             )
         models.append(original)
     chosen: list[list[Tensor | None]] = [[] for _ in models]
     streams = [
-        _final(*model, batch.ids, torch.device(device), dtype, progress, ids if against is not None else None)
-        for model, ids in zip(models, chosen, strict=True)
+        _final(each, batch.ids, torch.device(device), dtype, progress, ids if against is not None else None)
+        for each, ids in zip(models, chosen, strict=True)
     ]
     scores = WindowScores()
     size = max(1, _HEAD_TOKENS // seqlen)
@@ -135,16 +138,24 @@ def _require_sane(scores: WindowScores, path: Path) -> None:
             )
 
 
-def _open(path: Path) -> tuple[TensorSource, ModelSpec]:
+class _Model(NamedTuple):
+    """A checkpoint that was opened: its tensors, what they are, and the schemes of its quantized modules."""
+
+    source: TensorSource
+    spec: ModelSpec
+    schemes: Mapping[str, Scheme]
+
+
+def _open(path: Path) -> _Model:
     source = open_source(path)
     spec = detect(source.config, str(path / "config.json"))
-    return logical(source, spec), spec
+    quantized = source.modules if isinstance(source, QuantizedCheckpoint) else {}
+    return _Model(logical(source, spec), spec, {name: module.scheme for name, module in quantized.items()})
 
 
 @torch.no_grad()
 def _final(
-    source: TensorSource,
-    spec: ModelSpec,
+    model: _Model,
     ids_NL: Tensor,
     device: torch.device,
     dtype: str,
@@ -152,10 +163,11 @@ def _final(
     chosen: list[Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What the head reads `[N, L, D]`, and the head `[V, D]`; to `chosen` the experts `[T, K]` of each layer go."""
+    source, spec, schemes = model
     work_dtype = compute_dtype(dtype, spec, device)
     outer: LayerWeights = read_outer(source, spec, work_dtype, device)
     x_NLD = embed(ids_NL, outer["model.embed_tokens.weight"])
-    for layer, weights in through(x_NLD, source, spec, work_dtype, "evaluate", progress):
+    for layer, weights in through(x_NLD, source, spec, work_dtype, "evaluate", progress, schemes):
         if chosen is not None:
             chosen.append(_chosen(x_NLD, weights, spec, layer))
     for cut in chunks(*x_NLD.shape[:2]):

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from alphaquant.errors import NumericsError
 from alphaquant.formats import QuantizedTensor, dequantize
-from alphaquant.models import MoESpec, Source, head_input
-from alphaquant.pipeline.collect import Collector, Shown, collection_passes, widths
+from alphaquant.models import MoESpec, Source, as_served, head_input
+from alphaquant.pipeline.collect import Collector, Reading, Shown, collection_passes, widths
 from alphaquant.pipeline.distributed import SOLO, Team
 from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RoutingRecord
 from alphaquant.pipeline.samples import MOST, Samples, culprit, rows_left_out
@@ -52,6 +53,11 @@ class _Stack(NamedTuple):
     scheme: Scheme
     parameters: tuple[Parameter, ...]
     experts: tuple[int, ...]
+
+    @property
+    def reading(self) -> Reading:
+        """Whose Hessian they share."""
+        return Reading(self.source, self.scheme.activation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,38 +106,39 @@ class LayerQuantizer:
         """
         result = QuantizedLayer(record=LayerRecord(layer))
         parameters = self.spec.parameters(layer)
+        served = as_served(weights, self.spec, layer, self.schemes)
         routing: RoutingRecord | None = None
         notes: list[str] = []
         for half, where in ((attend, "attention"), (feed, "feed-forward")):
             in_half = [p for p in parameters if (p.source in ATTENTION_SOURCES) == (half is attend)]
             stacks = self._stacks(layer, in_half)
             shares = self._shares(stacks)
-            most = {source: (max(map(len, ranks)), width) for source, (ranks, width) in shares.items()}
+            most = {reading: (max(map(len, ranks)), width) for reading, (ranks, width) in shares.items()}
             for part in collection_passes(most, self.limits.hessian_bytes):
                 takes = {
-                    source: [share[some.start : some.stop] for share in shares[source][0]]
-                    for source, some in part.items()
+                    reading: [share[some.start : some.stop] for share in shares[reading][0]]
+                    for reading, some in part.items()
                 }
-                own = {source: ranks[self.team.rank] for source, ranks in takes.items() if ranks[self.team.rank]}
+                own = {reading: ranks[self.team.rank] for reading, ranks in takes.items() if ranks[self.team.rank]}
                 collector = Collector(parameters, own, self.recipe.routing_power, self.recipe.backend)
                 # with nothing to solve the pass is still worth its time for what it shows of the experts
                 if x_NLD is not None and (stacks or isinstance(self.spec.layers[layer].mlp, MoESpec)):
                     self._tell("calibrate", layer, x_NLD)
                     with self.clock("calibrate"):
-                        self._collect(half, layer, weights, x_NLD, collector, takes)
+                        self._collect(half, layer, served, x_NLD, collector, takes)
                         seen = self._rows_seen(collector)
                         notes += rows_left_out(seen, self.spec, layer, f"layer {layer}, {where}")
                 self._tell("solve", layer)
                 with self.clock("solve"):
-                    for source, some in own.items():
-                        hessian = collector.hessians.pop(source, None)
-                        self._solve(layer, weights, [s for s in stacks if s.source is source], some, hessian, result)
+                    for reading, some in own.items():
+                        hessian = collector.hessians.pop(reading, None)
+                        self._solve(layer, weights, [s for s in stacks if s.reading == reading], some, hessian, result)
                 routing = collector.routing() or routing
-            self._share(weights, stacks, {source: ranks for source, (ranks, _) in shares.items()})
+            self._share(weights, stacks, {reading: ranks for reading, (ranks, _) in shares.items()})
             if x_NLD is not None:
                 self._tell("propagate", layer, x_NLD)
                 with self.clock("propagate"):
-                    notes += self._propagate(half, layer, weights, x_NLD, f"layer {layer}, {where}")
+                    notes += self._propagate(half, layer, served, x_NLD, f"layer {layer}, {where}")
         records = {module.name: module for module in self._together(result.record)}
         names = (name for parameter in parameters for name in self._names(layer, parameter))
         modules = [records[name] for name in names if name in records]
@@ -171,14 +178,14 @@ class LayerQuantizer:
             self._solve(None, outer, self._stacks(None, [parameter]), takes[self.team.rank], hessian, result)
         return result
 
-    def _shares(self, stacks: Sequence[_Stack]) -> dict[Source, tuple[list[range], int]]:
-        """Of each source the experts that each process sums Hessians of and solves, and its inputs."""
-        costs: dict[Source, list[float]] = {}
-        sizes = {stack.source: widths(stack.parameters)[stack.source] for stack in stacks}
-        for source, (experts, width) in sizes.items():
-            rows = sum(p.shape[0] for stack in stacks if stack.source is source for p in stack.parameters)
-            costs[source] = [float(width**2 * (rows + width))] * experts
-        return {source: (ranks, sizes[source][1]) for source, ranks in self.team.shares(costs).items()}
+    def _shares(self, stacks: Sequence[_Stack]) -> dict[Reading, tuple[list[range], int]]:
+        """Of each reading the experts that each process sums Hessians of and solves, and its inputs."""
+        costs: dict[Reading, list[float]] = {}
+        sizes = {stack.reading: widths(stack.parameters)[stack.source] for stack in stacks}
+        for reading, (experts, width) in sizes.items():
+            rows = sum(p.shape[0] for stack in stacks if stack.reading == reading for p in stack.parameters)
+            costs[reading] = [float(width**2 * (rows + width))] * experts
+        return {reading: (ranks, sizes[reading][1]) for reading, ranks in self.team.shares(costs).items()}
 
     def _cuts(self, x_NLD: Tensor) -> list[slice | Tensor]:
         """The chunks of the stream that are this process's."""
@@ -191,7 +198,7 @@ class LayerQuantizer:
         weights: LayerWeights,
         x_NLD: Tensor,
         collector: Collector,
-        takes: Mapping[Source, list[range]],
+        takes: Mapping[Reading, list[range]],
     ) -> None:
         """Show the stream to the collector: all of it, or in turns and what each process takes of every turn."""
         if self.team.size == 1:
@@ -200,27 +207,32 @@ class LayerQuantizer:
         sizes, mlp = widths(self.spec.parameters(layer)), self.spec.layers[layer].mlp
         if half is feed and isinstance(mlp, MoESpec):
             routed = [Source.EXPERT_IN, *([Source.SHARED_IN] if mlp.shared_gate else [])]
-            takes = {**dict.fromkeys(routed, [range(0)] * self.team.size), **takes}
+            read = {reading.source for reading in takes}
+            takes = {**{Reading(s): [range(0)] * self.team.size for s in routed if s not in read}, **takes}
         for cut in self.team.turns(self.samples.cuts(*x_NLD.shape[:2])):
-            shown = Shown()
+            shown, noted = Shown(), set[Source]()
             if cut is not None:
                 half(x_NLD, weights, self.spec, layer, tap=shown, cuts=[cut])
-            for source, ranks in takes.items():
-                experts, width = sizes[source]
-                x_RI, routing = shown.rows.pop(source, (x_NLD.new_empty(0, width), None))
+            for reading, ranks in takes.items():
+                experts, width = sizes[reading.source]
+                x_RI, routing = shown.rows.get(reading.source, (x_NLD.new_empty(0, width), None))
                 for rows_RI, how in self.team.exchange(x_RI, routing, experts, ranks):
-                    collector.add(source, rows_RI, how)
+                    if reading.source not in noted:
+                        collector.note(reading.source, how)
+                    collector.add(reading, rows_RI, how)
+                noted.add(reading.source)
 
     def _rows_seen(self, collector: Collector) -> dict[Source, tuple[int, int]]:
-        told = self.team.tell({source.value: seen for source, seen in collector.rows.items()})
-        seen: dict[Source, tuple[int, int]] = {}
-        for source in Source:
-            parts = [part[source.value] for part in told if source.value in part]
-            if parts:
-                seen[source] = sum(bad for bad, _ in parts), sum(total for _, total in parts)
-        return seen
+        """Of each source the rows that are no numbers, and all, in the team's Hessians of one reading of it."""
+        own = [[reading.source.value, reading.activation.value, *seen] for reading, seen in collector.rows.items()]
+        sums: dict[tuple[str, str], tuple[int, int]] = {}
+        for source, activation, bad, total in chain.from_iterable(self.team.tell(own)):
+            before = sums.get((source, activation), (0, 0))
+            sums[source, activation] = before[0] + bad, before[1] + total
+        of_source = {source: [seen for (name, _), seen in sums.items() if name == source.value] for source in Source}
+        return {source: max(seen) for source, seen in of_source.items() if seen}
 
-    def _share(self, weights: LayerWeights, stacks: Sequence[_Stack], shares: Mapping[Source, list[range]]) -> None:
+    def _share(self, weights: LayerWeights, stacks: Sequence[_Stack], shares: Mapping[Reading, list[range]]) -> None:
         """Give everyone the de-quantized weights of each process."""
         if self.team.size == 1:
             return
@@ -228,7 +240,7 @@ class LayerQuantizer:
             for stack in stacks:
                 for parameter in stack.parameters:
                     target = weights[parameter.key] if parameter.num_experts else weights[parameter.key][None]
-                    for rank, share in enumerate(shares[stack.source]):
+                    for rank, share in enumerate(shares[stack.reading]):
                         experts = [expert for expert in stack.experts if expert in share]
                         if experts:
                             part = target[experts]
@@ -290,7 +302,7 @@ class LayerQuantizer:
         hessian: HessianSum | None,
         result: QuantizedLayer,
     ) -> None:
-        """Solve the `collected` experts of all stacks that read one source, part by part.
+        """Solve the `collected` experts of all stacks that read one source alike, part by part.
 
         Their de-quantized weights are put in place.
         """

@@ -17,13 +17,14 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.errors import NumericsError
-from alphaquant.models import attention_half, mlp_half, read_layer, rope_for
+from alphaquant.models import as_served, attention_half, mlp_half, read_layer, rope_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
 
+    from alphaquant.formats import Scheme
     from alphaquant.models import LayerWeights, ModelSpec, Tap, TensorSource
 
 __all__ = [
@@ -151,7 +152,13 @@ def feed(
 
 @torch.no_grad()
 def through(
-    x_NLD: Tensor, source: TensorSource, spec: ModelSpec, dtype: torch.dtype, phase: str, progress: Progress = silent
+    x_NLD: Tensor,
+    source: TensorSource,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    phase: str,
+    progress: Progress = silent,
+    schemes: Mapping[str, Scheme | None] | None = None,
 ) -> Iterator[tuple[int, LayerWeights]]:
     """Take a stream through a model as it is, in place; each layer is given between its two halves.
 
@@ -162,10 +169,11 @@ def through(
         dtype: of the weights while they are worked on.
         phase: what `progress` is told.
         progress: is told which layer begins.
+        schemes: of modules that round their inputs; none by default.
     """
     for layer in range(spec.num_layers):
         progress(phase, layer, spec.num_layers, x_NLD.shape[0] * x_NLD.shape[1])
-        weights = read_layer(source, spec, layer, dtype, x_NLD.device)
+        weights = as_served(read_layer(source, spec, layer, dtype, x_NLD.device), spec, layer, schemes or {})
         attend(x_NLD, weights, spec, layer)
         yield layer, weights
         feed(x_NLD, weights, spec, layer)
