@@ -10,7 +10,7 @@ from alphaquant.layouts.stored import exponent_scale, scale_exponent
 
 from .samples import DTYPES, POWERS, all_schemes, assert_same, random_quantized, scheme
 
-CODED = ("compressed-tensors", "humming")
+CODED = ("compressed-tensors", "humming", "gptq", "gptq_v2")
 
 
 def round_trip(layout, q, module="model.layers.0.mlp.up_proj"):
@@ -29,7 +29,7 @@ def test_every_scheme_round_trips(layout, scheme):
     if layout.unsupported(scheme, (64, 384)) is None:
         round_trip(layout, random_quantized(scheme, 64, 384))
     else:
-        assert layout.name == "compressed-tensors"  # humming takes every scheme of this shape
+        assert layout.name != "humming"  # which takes every scheme of this shape
 
 
 @settings(max_examples=80)
@@ -57,7 +57,9 @@ def test_size_on_disk_is_what_the_scheme_says(layout, scheme):
     layout, shape = LAYOUTS[layout], (256, 512)
     if layout.unsupported(scheme, shape) is None:
         stored = layout.tensors("m", random_quantized(scheme, *shape))
-        num_bytes = sum(t.nbytes for name, t in stored.items() if not name.endswith("shape"))
+        num_bytes = sum(t.nbytes for name, t in stored.items() if not name.endswith(("shape", "g_idx")))
+        if scheme.symmetric:  # whose zero points GPTQ stores all the same
+            num_bytes -= stored["m.qzeros"].nbytes if "m.qzeros" in stored else 0
         promised = scheme.bits_per_weight(*shape) * shape[0] * shape[1] / 8
         assert num_bytes == pytest.approx(promised, rel=0.01)
 
@@ -77,7 +79,7 @@ def test_power_of_two_scales_are_exact_over_their_whole_range():
     assert exponent_scale(torch.tensor([255], dtype=torch.uint8)).isinf().all()  # E8M0's NaN
 
 
-@pytest.mark.parametrize("layout", CODED)
+@pytest.mark.parametrize("layout", ["compressed-tensors", "humming"])
 @pytest.mark.parametrize("name", ["int4", "nvfp4", "mxfp4", "fp8"])
 def test_a_tensor_of_another_kind_is_refused(layout, name):
     layout = LAYOUTS[layout]
@@ -195,7 +197,45 @@ def test_stored_scale_types():
     for (layout, kind), dtype in expected.items():
         name = "mxfp4" if kind is ScaleKind.E8M0 else "nvfp4"
         assert LAYOUTS[layout].tensors("m", random_quantized(scheme(name), 64, 64))["m.weight_scale"].dtype == dtype
-    for layout in CODED:
+    for layout in ("compressed-tensors", "humming"):
         for dtype in DTYPES:
             q = random_quantized(scheme("int4", dtype=dtype), 64, 64)
             assert LAYOUTS[layout].tensors("m", q)["m.weight_scale"].dtype == dtype
+
+
+# --- GPTQ -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_gptq_holds():
+    for chosen in all_schemes((-1, 16, 32)):
+        is_integer = chosen.format.name in ("int2", "int3", "int4", "int8") and chosen.activation.value == "bf16"
+        for version in ("gptq", "gptq_v2"):
+            reason = LAYOUTS[version].unsupported(chosen, (64, 64))
+            is_held = is_integer and (chosen.symmetric or version == "gptq_v2")
+            assert (reason is None) == is_held, (str(chosen), version)
+    v1, v2 = (LAYOUTS[version] for version in ("gptq", "gptq_v2"))
+    assert "gptq_v2" in v1.unsupported(scheme("int4", symmetric=False), (64, 64))
+    assert "48 inputs" in v1.unsupported(scheme("int3", 16), (64, 48))
+    assert "36 outputs" in v2.unsupported(scheme("int4", 32), (36, 64))
+
+
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("leaf", ["qweight", "qzeros", "g_idx", "scales"])
+def test_a_gptq_tensor_that_does_not_belong_is_refused(version, leaf):
+    layout, chosen = LAYOUTS[version], scheme("int4", 32)
+    stored = layout.tensors("m", random_quantized(chosen, 64, 64))
+    wrong = stored[f"m.{leaf}"].flip(-1).clone() if leaf == "g_idx" else stored[f"m.{leaf}"] + 1
+    if leaf in ("qweight", "scales"):
+        wrong = wrong.double()
+    with pytest.raises(CheckpointError) as caught:
+        layout.read("m", {**stored, f"m.{leaf}": wrong}.__getitem__, chosen, (64, 64))
+    assert caught.value.where == f"m.{leaf}"
+    assert caught.value.remedy
+
+
+def test_gptq_scales_are_half_where_nothing_is_lost():
+    for exponent, dtype in ((-17, torch.float16), (-18, torch.bfloat16), (15, torch.float16), (16, torch.bfloat16)):
+        q = random_quantized(scheme("int4", 32), 32, 32)
+        scale = torch.full((32, 1), 1.9921875 * 2.0**exponent)  # eight significant bits
+        q = type(q)(q.codes, scale, None, None, q.scheme)
+        assert round_trip(LAYOUTS["gptq"], q)["model.layers.0.mlp.up_proj.scales"].dtype == dtype

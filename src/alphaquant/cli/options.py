@@ -65,6 +65,8 @@ class Format(str, Enum):
     AUTO = "auto"
     COMPRESSED_TENSORS = "compressed-tensors"
     HUMMING = "humming"
+    GPTQ = "gptq"
+    GPTQ_V2 = "gptq_v2"
     DENSE = "dense"
 
 

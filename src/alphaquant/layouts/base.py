@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from alphaquant.errors import PlanError
 from alphaquant.layouts.compressed_tensors import CompressedTensorsLayout
 from alphaquant.layouts.dense import DenseLayout
+from alphaquant.layouts.gptq import GptqLayout
 from alphaquant.layouts.humming import HummingLayout
 
 if TYPE_CHECKING:
@@ -62,7 +63,10 @@ class Layout(Protocol):
 
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
-    {layout.name: layout for layout in (CompressedTensorsLayout(), HummingLayout(), DenseLayout())}
+    {
+        layout.name: layout
+        for layout in (CompressedTensorsLayout(), HummingLayout(), GptqLayout(1), GptqLayout(2), DenseLayout())
+    }
 )
 """Every layout by name; ``dense`` writes bfloat16 (``DenseLayout(dtype)`` another type)."""
 

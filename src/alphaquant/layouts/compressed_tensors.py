@@ -21,6 +21,7 @@ from alphaquant.formats import (
     unpack_int32,
     unpack_rows,
 )
+from alphaquant.layouts.dynamic import ignored_modules
 from alphaquant.layouts.names import NamePatterns
 from alphaquant.layouts.stored import (
     MISMATCH,
@@ -34,7 +35,6 @@ from alphaquant.layouts.stored import (
     unpack_zeros,
     word_count,
 )
-from alphaquant.plan import ModuleKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alphaquant.formats import Scheme
+    from alphaquant.plan import ModuleKind
 
-__all__ = ["CompressedTensorsLayout", "ignored_modules"]
+__all__ = ["CompressedTensorsLayout"]
 
 _VERSION = "0.18.0"  # the first release with the dense bit stream
 _INT_FORMAT = "pack-quantized"
@@ -56,7 +57,6 @@ _FLOAT_FORMATS = {
 }
 _ROUNDED_FORMATS = {"int8": "int-quantized", "fp8": "float-quantized"}  # whose inputs are rounded as well
 _SCALE_DTYPES = {ScaleKind.E8M0: torch.uint8, ScaleKind.E4M3: torch.float8_e4m3fn}
-_NOT_LINEAR = (ModuleKind.NORM, ModuleKind.EMBEDDING)
 
 
 class CompressedTensorsLayout:
@@ -173,13 +173,6 @@ class CompressedTensorsLayout:
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups.values())},
             "ignore": patterns.cover_marked(ignored_modules(schemes, kinds)),
         }
-
-
-def ignored_modules(schemes: Mapping[str, Scheme | None], kinds: Mapping[str, ModuleKind] | None) -> Iterator[str]:
-    """The unquantized modules that an engine might take for linears to quantize."""
-    for name, scheme in schemes.items():
-        if scheme is None and (kinds is None or kinds.get(name) not in _NOT_LINEAR):
-            yield name
 
 
 def _leaves(scheme: Scheme) -> Iterator[str]:

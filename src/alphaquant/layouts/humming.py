@@ -14,16 +14,12 @@ second: there NVFP4 is served from compressed-tensors only.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alphaquant.engines import FUSED
 from alphaquant.formats import Activation, ElementKind, QuantizedTensor, ScaleKind, pack_int32, unpack_int32
-from alphaquant.layouts.compressed_tensors import ignored_modules
-from alphaquant.layouts.names import NamePatterns
+from alphaquant.layouts.dynamic import dynamic_rules
 from alphaquant.layouts.stored import (
     exponent_scale,
     finished,
@@ -41,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alphaquant.formats import Scheme
+    from alphaquant.layouts.dynamic import Settings
     from alphaquant.plan import ModuleKind
 
 __all__ = ["HummingLayout"]
@@ -48,12 +45,6 @@ __all__ = ["HummingLayout"]
 _E8M0: torch.dtype | None = getattr(torch, "float8_e8m0fnu", None)  # torch 2.7
 _INPUTS = {Activation.INT8: "int8", Activation.FP8: "float8e4m3"}
 _SCALE_NAMES = {ScaleKind.E8M0: "float8e8m0", ScaleKind.E4M3: "float8e4m3"}
-
-# What an engine loads as one module, by the member's last name; its name must share the members' scheme.
-_FUSED_OF = {member: fused for fused, members in FUSED.items() for member in members}
-_EXPERT = re.compile(r"(.+\.experts)\.[0-9]+\.[^.]+")
-
-_Settings = tuple[tuple[str, Any], ...]
 
 
 class HummingLayout:
@@ -136,41 +127,21 @@ class HummingLayout:
     def quantization_config(
         self, schemes: Mapping[str, Scheme | None], kinds: Mapping[str, ModuleKind] | None = None
     ) -> dict[str, Any] | None:
-        """The most common scheme as the default, rules for the others; None when nothing is quantized.
-
-        Rules match checkpoint names, and the names of fused modules (``qkv_proj``, ``gate_up_proj``, ``experts``)
-        whose members all share the scheme.
-        """
-        counts = Counter(_settings(scheme) for scheme in schemes.values() if scheme is not None)
-        if not counts:
+        """The most common scheme as the default, rules for the others; None when nothing is quantized."""
+        found = dynamic_rules(schemes, kinds, _settings)
+        if found is None:
             return None
-        default = counts.most_common(1)[0][0]
-        fused = _fused_modules(schemes)
-        patterns = NamePatterns([*schemes, *fused])
-        members: dict[_Settings, list[str]] = {}
-        ignored = list(ignored_modules(schemes, kinds))
-        for name, scheme in [*schemes.items(), *_agreed(fused)]:
-            if scheme is not None:
-                members.setdefault(_settings(scheme), []).append(name)
-            elif name in fused:
-                ignored.append(name)
-        dynamic: dict[str, dict[str, Any]] = {}
-        for settings, names in members.items():
-            if settings != default:
-                rule = {key: value for key, value in settings if (key, value) not in default}
-                dynamic |= {f"+:{pattern}": rule for pattern in patterns.cover(names)}
         # Both spellings: "ignore" is what people and other readers look for; its expressions are newer in vLLM.
-        dynamic |= {f"-:{pattern}": {} for pattern in patterns.cover(ignored)}
         return {
             "quant_method": self.name,
-            **{key: value for key, value in default if value is not None and value is not False},
-            "dynamic": dynamic,
-            "ignore": patterns.cover_marked(ignored),
+            **{key: value for key, value in found.default if value is not None and value is not False},
+            "dynamic": found.rules,
+            "ignore": found.ignore,
         }
 
 
-def _settings(scheme: Scheme) -> _Settings:
-    """A scheme in the words of humming's schema; every key, since a rule overrides the default key by key."""
+def _settings(scheme: Scheme) -> Settings:
+    """A scheme in the words of humming's schema."""
     fmt = scheme.format
     is_int = fmt.kind is ElementKind.INT
     return (
@@ -188,24 +159,3 @@ def _scale_dtype(scheme: Scheme) -> torch.dtype:
         assert _E8M0 is not None
         return _E8M0
     return torch.float8_e4m3fn if scheme.format.scale is ScaleKind.E4M3 else scheme.scale_dtype
-
-
-def _fused_modules(schemes: Mapping[str, Scheme | None]) -> dict[str, list[Scheme | None]]:
-    """The fused modules of which all members are there, with the members' schemes."""
-    found: dict[str, list[Scheme | None]] = {}
-    for name, scheme in schemes.items():
-        parent, _, leaf = name.rpartition(".")
-        if expert := _EXPERT.fullmatch(name):
-            found.setdefault(expert[1], []).append(scheme)
-        elif leaf in _FUSED_OF:
-            found.setdefault(f"{parent}.{_FUSED_OF[leaf]}", []).append(scheme)
-
-    def is_whole(name: str) -> bool:
-        return len(found[name]) == len(FUSED.get(name.rpartition(".")[2], found[name]))
-
-    return {name: members for name, members in found.items() if name not in schemes and is_whole(name)}
-
-
-def _agreed(fused: Mapping[str, list[Scheme | None]]) -> list[tuple[str, Scheme | None]]:
-    """Fused modules whose members share one scheme."""
-    return [(name, members[0]) for name, members in fused.items() if len(set(members)) == 1]
