@@ -1,6 +1,7 @@
 """Peak memory of a run against the number of layers: what is above the import baseline must not grow with it.
 
     python benchmarks/memory.py --layer-mib 256 --layers 2 8
+    python benchmarks/memory.py --layer-mib 256 --layers 48 --effort fast --max-memory 4GiB
 
 Random bf16 weights are written layer by layer into a temporary directory (the largest model's size, and a third of that
 for the results), quantized by the command itself in a process of its own for each number of layers. Prints JSON: bytes
@@ -21,7 +22,7 @@ from typing import Any
 
 VOCABULARY = 512
 EXPERT_WIDTH = 512
-TOKENS = (8, 64)  # windows and their length: few, since activations are not what is measured
+TOKENS = (8, 256)  # windows and their length: few, but enough that no linear of a layer of 256 MiB is rounded
 
 
 def shape(family: str, layer_mib: float) -> dict[str, int]:
@@ -114,16 +115,26 @@ def measured(arguments: list[str]) -> None:
     print(json.dumps({"baseline": baseline, "peak": peak, "above": peak - baseline}))
 
 
-def run(root: Path, count: int, scheme: str, effort: str) -> dict[str, Any]:
+def run(root: Path, count: int, scheme: str, effort: str, max_memory: str | None) -> dict[str, Any]:
     """Quantize the model of so many layers in a process of its own."""
     options = f"--scheme {scheme} --effort {effort} --nsamples {TOKENS[0]} --seqlen {TOKENS[1]} --device cpu --json"
     arguments = ["quantize", root / f"model-{count}", "-o", root / f"out-{count}", "--calib", root / "tokens.json"]
+    options += f" --max-memory {max_memory}" if max_memory else ""
     command = [sys.executable, __file__, "--measured", *map(str, arguments), *options.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
     report, _, figures = done.stdout.strip().rpartition("\n")
-    return {"layers": count, **json.loads(figures), "seconds": json.loads(report)["seconds"]["total"]}
+    content = json.loads(report)
+    return {
+        "layers": count,
+        "model_bytes": content["sizes"]["before_bytes"],
+        **json.loads(figures),
+        "foretold": content["memory_plan"]["peak_bytes"],
+        "passes": content["memory_plan"]["passes"],
+        "events": len(content["events"]),
+        "seconds": content["seconds"]["total"],
+    }
 
 
 def main() -> None:
@@ -136,13 +147,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8], help="models to compare")
     parser.add_argument("--scheme", default="int4:g128")
     parser.add_argument("--effort", default="default", choices=("fast", "default", "best"))
+    parser.add_argument("--max-memory", help="limit of the run, such as 4GiB")
     parser.add_argument("--scratch", type=Path, help="where to make the temporary directory")
     args = parser.parse_args()
     counts = sorted(set(args.layers))
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         root = Path(scratch)
         config = write_models(root, args.family, args.layer_mib, counts)
-        runs = [run(root, count, args.scheme, args.effort) for count in counts]
+        runs = [run(root, count, args.scheme, args.effort, args.max_memory) for count in counts]
     keys = ("hidden_size", "intermediate_size", "num_experts")
     model = {key: config[key] for key in ("model_type", "layer_bytes", *keys) if key in config}
     settings = {"scheme": args.scheme, "effort": args.effort}

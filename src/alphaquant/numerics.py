@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["bf16_products", "keep_freed_memory"]
+__all__ = ["bf16_products", "give_back_freed_memory", "keep_freed_memory"]
 
 
 @contextmanager
@@ -39,8 +39,17 @@ def keep_freed_memory() -> None:
     By default glibc maps and unmaps every large tensor, and the kernel clears each page anew: a fifth of the time of
     a run on a small model.
     """
+    _set_thresholds(trim=(1 << 31) - 1, mmap=1 << 30)
+
+
+def give_back_freed_memory() -> None:
+    """Undo `keep_freed_memory`: a freed tensor takes no memory any more, at some cost of time."""
+    _set_thresholds(trim=1 << 17, mmap=1 << 20)
+
+
+def _set_thresholds(trim: int, mmap: int) -> None:
     trim_threshold, mmap_threshold = -1, -3  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(trim_threshold, (1 << 31) - 1)
-        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, trim)
+        mallopt(mmap_threshold, mmap)

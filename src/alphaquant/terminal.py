@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from alphaquant.engines import Violation
     from alphaquant.errors import AlphaQuantError
     from alphaquant.evaluation import Quality
-    from alphaquant.pipeline import KindSize, Metric, RoutingReport, RunStatus
+    from alphaquant.pipeline import Forecast, KindSize, Metric, RoutingReport, RunStatus
     from alphaquant.pipeline import Progress as Report
     from alphaquant.verification import Likeness, Stored
 
@@ -37,6 +37,7 @@ __all__ = [
     "out",
     "print_comparison",
     "print_error",
+    "print_forecast",
     "print_frontier",
     "print_notes",
     "print_quality",
@@ -117,6 +118,16 @@ def print_frontier(frontier: Frontier) -> None:
         rows.append((f"{point.bits:.3f}", mark, human_bytes(point.num_bytes), f"{point.predicted:.5g}", *measured))
     columns = ("bits", "", "size", "predicted", "measured KL", "uniform")
     _print_table(columns if frontier.points[0].measured is not None else columns[:4], [r[: len(columns)] for r in rows])
+
+
+def print_forecast(forecast: Forecast) -> None:
+    """Print what a run will take of memory and time."""
+    memory = forecast.memory
+    rows = [(part, f"{num_bytes / 2**20:,.0f} MiB") for part, num_bytes in memory.parts.items() if num_bytes >= 2**20]
+    _print_table(("memory at the peak", ""), [*rows, ("together", f"{memory.peak_bytes / 2**20:,.0f} MiB")])
+    seconds = [(phase, f"{value:,.0f} s") for phase, value in forecast.seconds.items()]
+    _print_table(("time, roughly", ""), [*seconds, ("together", f"{sum(forecast.seconds.values()):,.0f} s")])
+    print_notes((), memory.notes())
 
 
 def print_violations(engine: str, violations: Sequence[Violation]) -> None:

@@ -169,9 +169,22 @@ def test_warnings_do_not_disturb_json(works, llama, text, tmp_path):
 def test_dry_run_computes_nothing(works, olmoe, tmp_path):
     args = ("quantize", olmoe, "--scheme", "int4:g32", "-o", tmp_path / "out", "--dry-run")
     assert re.search(r"^expert +int4 g32 +48 ", works(*args).out, re.MULTILINE)
-    rows = json.loads(works(*args, "--json").out)
-    assert {row["scheme"] for row in rows if row["kind"] == "expert"} == {"int4 g32"}
+    forecast = json.loads(works(*args, "--json").out)
+    assert {row["scheme"] for row in forecast["sizes"] if row["kind"] == "expert"} == {"int4 g32"}
+    assert forecast["memory"]["peak_bytes"] == sum(forecast["memory"]["parts"].values()) > 0
+    assert forecast["seconds"].keys() == {"read", "calibrate", "solve", "propagate"}
+    assert min(forecast["seconds"].values()) > 0
+    assert re.search(r"^weights of a layer +\d+ MiB|^together +\d", works(*args).out, re.MULTILINE)
     assert tiny.listing(tmp_path) == set()
+
+
+def test_a_limit_of_memory_is_kept_or_refused(works, fails, olmoe, text, tmp_path):
+    args = ("quantize", olmoe, "--scheme", "int4:g32", "--calib", text, *SMALL, "-o", tmp_path / "out")
+    for size, says in (("1MiB", "at the least"), ("much", "no size")):
+        fails(*args, "--max-memory", size, says=(says, "--max-memory"))
+        assert tiny.listing(tmp_path) == set()
+    report = json.loads(works(*args, "--max-memory", "64GiB", "--json").out)
+    assert report["memory_plan"]["passes"] == report["memory_plan"]["least_passes"] == 4
 
 
 def test_methods_and_efforts(works, olmoe, text, tmp_path):

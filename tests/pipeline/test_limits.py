@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+from alphaquant.errors import CheckpointError
 from alphaquant.formats import Activation
 from alphaquant.models import Source, read_layer
 from alphaquant.pipeline import collect, prepare
 from alphaquant.pipeline.collect import Reading, collection_passes
 from alphaquant.pipeline.layer import LayerQuantizer, Limits, QuantizedLayer
+from alphaquant.pipeline.walk import _ahead
 from alphaquant.solver import HessianSum, Recipe
 from models.families import zoo
 
@@ -107,3 +110,34 @@ def test_every_expert_is_collected_once(hessian_bytes):
         assert taken <= hessian_bytes or sum(map(len, one.values())) == 1
     assert found == {source: list(range(experts)) for source, (experts, _) in wanted.items()}
     assert collection_passes({}) == [{}]
+
+
+@pytest.mark.parametrize("reads_ahead", [False, True])
+def test_a_layer_is_read_while_the_one_before_is_worked_on(reads_ahead):
+    begun = [threading.Event() for _ in range(4)]
+
+    def read(layer: int) -> dict[str, int]:
+        begun[layer].set()
+        return {"layer": layer}
+
+    layers = _ahead(read, range(3), reads_ahead=reads_ahead)
+    for layer in range(3):
+        assert next(layers) == {"layer": layer}
+        if reads_ahead and layer < 2:
+            assert begun[layer + 1].wait(10)
+        else:
+            assert not begun[layer + 1].is_set()
+    with pytest.raises(StopIteration):
+        next(layers)
+
+
+def test_what_fails_to_be_read_ahead_is_told_when_its_turn_comes():
+    def read(layer: int) -> dict[str, int]:
+        if layer == 1:
+            raise CheckpointError("gone")
+        return {}
+
+    layers = _ahead(read, range(3), reads_ahead=True)
+    assert next(layers) == {}
+    with pytest.raises(CheckpointError, match="gone"):
+        next(layers)

@@ -1,6 +1,6 @@
 """Bits by budget: an error table, a solver under an engine's rules, and the plan that they make."""
 
-from alphaquant.allocation.budget import Budget, parse_size
+from alphaquant.allocation.budget import Budget
 from alphaquant.allocation.candidates import Candidate, parse_candidates
 from alphaquant.allocation.estimate import Means, Strategy, error_table
 from alphaquant.allocation.problem import Assignment
@@ -25,6 +25,5 @@ __all__ = [
     "error_table",
     "frontier",
     "parse_candidates",
-    "parse_size",
     "propose",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,14 +11,8 @@ from alphaquant.errors import PlanError
 if TYPE_CHECKING:
     from alphaquant.pipeline import Prepared
 
-__all__ = ["Budget", "parse_size", "rest_bits"]
+__all__ = ["Budget", "rest_bits"]
 
-_UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{p}B": 1000**n for n, p in enumerate("kMGT", 1)},
-    **{f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)},
-}
 _LARGEST = 16.0
 
 
@@ -65,19 +58,6 @@ class Budget:
             what = f"--size is {self.size:,} bytes, and what stays unquantized takes {rest // 8:,} already"
             raise PlanError(what, where="--size", remedy="give more, or quantize lm_head by --config")
         return 8 * self.size - rest
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as `4GiB`, `3.5GB` or `800MB`.
-
-    Raises:
-        PlanError: it is none.
-    """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]?i?B?)", text)
-    unit = None if found is None else _UNITS.get(found[2])
-    if found is None or unit is None:
-        raise PlanError(f"{text!r} is no size", where="--size", remedy="give one such as 4GiB, 3.5GB or 800MiB")
-    return int(float(found[1]) * unit)
 
 
 def rest_bits(prepared: Prepared) -> int:

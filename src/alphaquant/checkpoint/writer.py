@@ -21,7 +21,7 @@ from alphaquant.checkpoint.shard import CHUNK_BYTES, DTYPES, iter_chunks
 from alphaquant.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import Tensor
 
@@ -41,10 +41,16 @@ class ShardInfo:
     tensor_names: tuple[str, ...]
 
 
-def write_shard(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ShardInfo:
+def write_shard(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    after_part: Callable[[], None] = lambda: None,
+) -> ShardInfo:
     """Write a safetensors file, byte for byte the same for the same tensors and metadata.
 
-    Tensors may lie on any device and have any strides; at most 16 MiB of them are copied at a time.
+    Tensors may lie on any device and have any strides; at most 16 MiB of them are copied at a time, and `after_part`
+    is called behind each.
 
     Raises:
         OutputError: the file cannot be written (a full disk is named as such), or a tensor's dtype or name does not
@@ -65,6 +71,7 @@ def write_shard(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mappi
                 file.write(data)
                 sha256.update(data)
                 num_bytes += len(data)
+                after_part()
     return ShardInfo(path.name, num_bytes, sha256.hexdigest(), tuple(order))
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alphaquant.allocation import Budget, Limits, Request, Strategy, parse_size
+from alphaquant.allocation import Budget, Limits, Request, Strategy
 from alphaquant.cli.options import plan_from
 from alphaquant.errors import ConfigError, PlanError
-from alphaquant.pipeline import check_writable
+from alphaquant.pipeline import check_writable, parse_bytes
 
 if TYPE_CHECKING:
     from alphaquant.pipeline import Serving
@@ -103,7 +103,7 @@ def request_from(
     if validate is None:
         validate = 0 if is_frontier or strategy not in _FORWARD else _VALIDATE
     return Request(
-        Budget(bits, None if size is None else parse_size(size), max_kl),
+        Budget(bits, None if size is None else parse_bytes(size, "--size"), max_kl),
         strategy,
         formats or _FORMATS,
         Limits(_bounds("--floor", floors), _bounds("--ceiling", ceilings)),

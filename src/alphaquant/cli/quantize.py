@@ -45,12 +45,16 @@ from alphaquant.cli.options import (
     serving_from,
 )
 from alphaquant.errors import OutputError
+from alphaquant.numerics import give_back_freed_memory
 from alphaquant.pipeline import (
     Calibration,
+    Forecast,
     Prepared,
     check_output,
+    foretell,
     join,
     json_log,
+    parse_bytes,
     plan_sizes,
     planned_layout,
     prepare,
@@ -59,7 +63,7 @@ from alphaquant.pipeline import (
     torch_device,
 )
 from alphaquant.solver import Backend, Effort, Method, Recipe
-from alphaquant.terminal import out, print_notes, print_result, print_sizes, progress_bar
+from alphaquant.terminal import out, print_forecast, print_notes, print_result, print_sizes, progress_bar
 
 __all__ = ["quantize"]
 
@@ -99,8 +103,11 @@ def quantize(
     dtype: DTypeOpt = DType.AUTO,
     overwrite: OverwriteOpt = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Drop what a stopped run has left; start anew.")] = False,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Stay below this: 4GiB, 16GB …; of the device on a GPU.")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and show sizes; compute nothing.")
+        bool, typer.Option("--dry-run", help="Check everything; show sizes, peak memory and time; compute nothing.")
     ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Make an error of every fallback and of every sample left out.")
@@ -146,23 +153,27 @@ def quantize(
         print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
     if serving is not None:
         layout_name = serving.layout(prepared, layout_name)
+    blind = method is Method.RTN and calib is None
+    used = None if blind else calibration
+    max_bytes = _limit(max_memory)
     if dry_run:
         planned_layout(prepared, layout_name)
-        sizes = plan_sizes(prepared)
-        print_json([asdict(s) for s in sizes]) if as_json else print_sizes(sizes)
+        forecast = foretell(prepared, recipe, used, run_device, dtype.value, max_bytes)
+        _show_forecast(prepared, forecast, as_json=as_json)
         return
     with json_log(log_json) as log, progress_bar("quantizing", quiet=is_quiet) as progress:
         result = quantize_checkpoint(
             prepared,
             target,
             recipe=recipe,
-            calibration=None if method is Method.RTN and calib is None else calibration,
+            calibration=used,
             layout=layout_name,
             device=run_device,
             dtype=dtype.value,
             overwrite=overwrite,
             fresh=fresh,
             strict=strict,
+            max_memory=max_bytes,
             progress=progress,
             log=log,
             command=shlex.join(["alphaquant", *sys.argv[1:]]),
@@ -175,17 +186,34 @@ def quantize(
     if as_json:
         print_json(result.report)
         return
-    _show(result.report, verbose=verbose, known=len(prepared.resolved.warnings))
+    _show(result.report, verbose=verbose, known=(len(prepared.resolved.warnings), len(prepared.notes)))
     out.print(f"written to {', '.join(str(path) for path in (output, save) if path is not None)}", soft_wrap=True)
 
 
-def _show(report: dict[str, Any], *, verbose: bool, known: int) -> None:
-    """What the run says of itself; `known` warnings were shown before it."""
-    print_notes(report["warnings"][known:])
+def _show(report: dict[str, Any], *, verbose: bool, known: tuple[int, int]) -> None:
+    """What the run says of itself; `known` warnings and notes were shown before it."""
+    print_notes(report["warnings"][known[0] :], report["notes"][known[1] :])
     print_result(report)
     if verbose:
         for event in report["events"]:
             out.print(f"  {event['module']}: {event['event']}", soft_wrap=True)
+
+
+def _limit(max_memory: str | None) -> int | None:
+    """Bytes of --max-memory; with it, freed memory is given back."""
+    if max_memory is None:
+        return None
+    give_back_freed_memory()
+    return parse_bytes(max_memory, "--max-memory")
+
+
+def _show_forecast(prepared: Prepared, forecast: Forecast, *, as_json: bool) -> None:
+    sizes = plan_sizes(prepared)
+    if as_json:
+        print_json({"sizes": [asdict(s) for s in sizes], **forecast.to_dict()})
+    else:
+        print_sizes(sizes)
+        print_forecast(forecast)
 
 
 def _output_directory(output: Path | None, save: Path | None, prepared: Prepared, *, overwrite: bool) -> Path:

@@ -101,10 +101,11 @@ class _Unfused:
         part = self._parts.get(name) or _Part(name)
         if part.expert is None:
             return self._source.read(part.whole)
-        if self._kept is None or self._kept[0] != part.whole:
-            self._kept = None  # before the next is made, so that two never lie in memory
-            self._kept = (part.whole, self._source.read(part.whole))
-        return self._kept[1][part.expert, part.rows]
+        kept = self._kept  # another thread may replace it
+        if kept is None or kept[0] != part.whole:
+            kept = self._kept = None  # before the next is made, so that two never lie in memory
+            kept = self._kept = (part.whole, self._source.read(part.whole))
+        return kept[1][part.expert, part.rows]
 
     def read_into(self, name: str, out: Tensor) -> None:
         part = self._parts.get(name) or _Part(name)

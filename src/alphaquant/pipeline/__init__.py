@@ -1,5 +1,6 @@
 """Runs: the streaming loop, quantizing, evaluating, exporting, and what they leave on disk."""
 
+from alphaquant.pipeline.budget import parse_bytes
 from alphaquant.pipeline.convert import check_single_file, export_checkpoint, save_single_file
 from alphaquant.pipeline.device import torch_device
 from alphaquant.pipeline.distributed import Team, join
@@ -12,9 +13,11 @@ from alphaquant.pipeline.records import KindSummary, LayerRecord, ModuleRecord, 
 from alphaquant.pipeline.routing import LayerRouting, RoutingReport, measure_routing
 from alphaquant.pipeline.run import (
     Calibration,
+    Forecast,
     Prepared,
     QuantizeResult,
     compute_dtype,
+    foretell,
     peak_memory_bytes,
     planned_layout,
     prepare,
@@ -32,6 +35,7 @@ __all__ = [
     "FOLDER",
     "QUALITY",
     "Calibration",
+    "Forecast",
     "HeldModel",
     "KindSize",
     "KindSummary",
@@ -58,12 +62,14 @@ __all__ = [
     "evaluate_tasks",
     "export_checkpoint",
     "export_held",
+    "foretell",
     "hold",
     "join",
     "json_log",
     "keep_quality",
     "load",
     "measure_routing",
+    "parse_bytes",
     "peak_memory_bytes",
     "plan_of",
     "plan_sizes",

@@ -21,8 +21,6 @@ from alphaquant.pipeline.walk import quantize_shards
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
     from alphaquant.calibration import TokenBatch
     from alphaquant.layouts import Layout
     from alphaquant.pipeline.distributed import Team
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
     from alphaquant.pipeline.log import Log
     from alphaquant.pipeline.run import Prepared
     from alphaquant.pipeline.rundir import RunDir
-    from alphaquant.pipeline.stream import Progress
+    from alphaquant.pipeline.stream import Progress, Stream
     from alphaquant.solver import Recipe
 
 __all__ = ["Course", "Job", "Watch", "require_equal"]
@@ -110,6 +108,7 @@ class Course:
             dtype=job.dtype,
             done=done,
             streams=streams,
+            scratch=None if run is None else run.path,
         )
         for index, (result, behind) in enumerate(walk, done):
             for event in result.record.all_events():
@@ -120,7 +119,7 @@ class Course:
             del result  # its codes would lie beside the next layer's
         return records
 
-    def _commit(self, index: int, names: list[str], result: QuantizedLayer, streams: Mapping[str, Tensor]) -> None:
+    def _commit(self, index: int, names: list[str], result: QuantizedLayer, streams: Mapping[str, Stream]) -> None:
         clock, team, run = self.quantizer.clock, self.quantizer.team, self.run
         with clock("pack"):
             own = self._own(names, result)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from alphaquant.pipeline.stream import Stream
+
 __all__ = ["SOLO", "Team", "join"]
 
 _Item = TypeVar("_Item")
@@ -146,7 +148,7 @@ class Team:
                     dist.recv(_bytes(result[name]), rank)
         return result
 
-    def gather_turns(self, x: Tensor, items: Sequence[slice]) -> None:
+    def gather_turns(self, x: Stream, items: Sequence[slice]) -> None:
         """Fill the first process's tensor with the parts of others, which took turns at `items`."""
         for place, item in enumerate(items):
             owner = place % self.size

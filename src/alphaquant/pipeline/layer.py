@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from alphaquant.formats import Scheme
     from alphaquant.models import LayerWeights, ModelSpec, Parameter
     from alphaquant.pipeline.records import RoutingRecord
-    from alphaquant.pipeline.stream import Progress
+    from alphaquant.pipeline.stream import Progress, Stream
     from alphaquant.solver import Outcome, Recipe
 
 __all__ = ["ATTENTION_SOURCES", "LayerQuantizer", "Limits", "QuantizedLayer"]
@@ -67,10 +67,14 @@ class Limits:
     Attributes:
         hessian_bytes: Hessian sums of one forward pass; with less, there are more passes.
         workspace_weights: weights solved together.
+        holds_stream: whether activations lie elsewhere between the chunks that are worked on; see `held_stream`.
+        reads_ahead: whether the next layer is read while one is worked on, and lies beside it.
     """
 
     hessian_bytes: int = sys.maxsize
     workspace_weights: int = WORKSPACE_WEIGHTS
+    holds_stream: bool = False
+    reads_ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class LayerQuantizer:
     samples: Samples = field(default_factory=Samples)
 
     @torch.no_grad()
-    def layer(self, layer: int, weights: LayerWeights, x_NLD: Tensor | None) -> QuantizedLayer:
+    def layer(self, layer: int, weights: LayerWeights, x_NLD: Stream | None) -> QuantizedLayer:
         """Quantize one layer: attention first, then the feed-forward on what the quantized attention gives.
 
         `weights` are replaced by their de-quantized values and `x_NLD` moves on through them, both in place. Without a
@@ -158,7 +162,7 @@ class LayerQuantizer:
         return result
 
     @torch.no_grad()
-    def head(self, outer: LayerWeights, x_NLD: Tensor | None) -> QuantizedLayer:
+    def head(self, outer: LayerWeights, x_NLD: Stream | None) -> QuantizedLayer:
         """Quantize the head, where the plan names it, on the normed output of the last layer."""
         result = QuantizedLayer()
         parameter = next((p for p in self.spec.outer_parameters() if p.source is Source.HEAD_IN), None)
@@ -187,7 +191,7 @@ class LayerQuantizer:
             costs[reading] = [float(width**2 * (rows + width))] * experts
         return {reading: (ranks, sizes[reading][1]) for reading, ranks in self.team.shares(costs).items()}
 
-    def _cuts(self, x_NLD: Tensor) -> list[slice | Tensor]:
+    def _cuts(self, x_NLD: Stream) -> list[slice | Tensor]:
         """The chunks of the stream that are this process's."""
         return [cut for cut in self.team.turns(self.samples.cuts(*x_NLD.shape[:2])) if cut is not None]
 
@@ -196,7 +200,7 @@ class LayerQuantizer:
         half: Callable[..., None],
         layer: int,
         weights: LayerWeights,
-        x_NLD: Tensor,
+        x_NLD: Stream,
         collector: Collector,
         takes: Mapping[Reading, list[range]],
     ) -> None:
@@ -215,7 +219,8 @@ class LayerQuantizer:
                 half(x_NLD, weights, self.spec, layer, tap=shown, cuts=[cut])
             for reading, ranks in takes.items():
                 experts, width = sizes[reading.source]
-                x_RI, routing = shown.rows.get(reading.source, (x_NLD.new_empty(0, width), None))
+                none_RI = torch.empty(0, width, dtype=x_NLD.dtype, device=x_NLD.device)
+                x_RI, routing = shown.rows.get(reading.source, (none_RI, None))
                 for rows_RI, how in self.team.exchange(x_RI, routing, experts, ranks):
                     if reading.source not in noted:
                         collector.note(reading.source, how)
@@ -248,7 +253,7 @@ class LayerQuantizer:
                             target[experts] = part
 
     def _propagate(
-        self, half: Callable[..., None], layer: int, weights: LayerWeights, x_NLD: Tensor, where: str
+        self, half: Callable[..., None], layer: int, weights: LayerWeights, x_NLD: Stream, where: str
     ) -> list[str]:
         """Move the stream on; returns what to note of samples that are no numbers any more."""
         found = self.samples.found
@@ -271,7 +276,7 @@ class LayerQuantizer:
         told = self.team.tell([asdict(module) for module in record.modules])
         return [ModuleRecord(**module) for part in told for module in part]
 
-    def _tell(self, phase: str, layer: int, x_NLD: Tensor | None = None) -> None:
+    def _tell(self, phase: str, layer: int, x_NLD: Stream | None = None) -> None:
         tokens = 0 if x_NLD is None else x_NLD.shape[0] * x_NLD.shape[1]
         self.progress(phase, layer, self.spec.num_layers, tokens)
 

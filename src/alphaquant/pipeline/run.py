@@ -15,10 +15,12 @@ from alphaquant.checkpoint import Checkpoint, unquantized
 from alphaquant.errors import ConfigError
 from alphaquant.models import detect, logical
 from alphaquant.pipeline.balance import CANDIDATES, balanced, require_experts
+from alphaquant.pipeline.budget import MemoryPlan, common_limits, plan_memory
 from alphaquant.pipeline.closing import changed_sessions, describe, peak_memory_bytes, plain, session
 from alphaquant.pipeline.convert import pick_layout
 from alphaquant.pipeline.course import Course, Job, Watch, require_equal
 from alphaquant.pipeline.distributed import SOLO, Team
+from alphaquant.pipeline.duration import foretell_seconds
 from alphaquant.pipeline.layer import LayerQuantizer
 from alphaquant.pipeline.log import Log, unlogged
 from alphaquant.pipeline.records import KindSummary, LayerRecord, summarize
@@ -38,11 +40,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Calibration",
+    "Forecast",
     "Prepared",
     "QuantizeResult",
     "calibration_facts",
     "compute_dtype",
     "draw_tokens",
+    "foretell",
     "peak_memory_bytes",
     "planned_layout",
     "prepare",
@@ -149,6 +153,41 @@ def compute_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dty
     return torch.float32 if spec.dtype is torch.float16 and device.type == "cpu" else spec.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a run will take, foretold: memory at its peak, and seconds by phase."""
+
+    memory: MemoryPlan
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"memory": self.memory.to_dict(), "seconds": self.seconds}
+
+
+def foretell(
+    prepared: Prepared,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    device: torch.device,
+    dtype: str = "auto",
+    max_memory: int | None = None,
+) -> Forecast:
+    """Peak memory and time of a run, from its shapes; the machine is timed for a moment.
+
+    Raises:
+        ConfigError: no plan is within `max_memory`.
+    """
+    spec, schemes = prepared.spec, prepared.schemes
+    tokens = None
+    if calibration is not None:
+        tokens = (calibration.num_samples, min(calibration.seqlen, spec.max_positions))
+    work_dtype = compute_dtype(dtype, spec, device)
+    memory = plan_memory(spec, schemes, tokens, work_dtype, device, max_memory)
+    passes = memory.passes / max(1, memory.least_passes)
+    return Forecast(memory, foretell_seconds(spec, schemes, tokens, work_dtype, device, recipe, passes))
+
+
 def quantize_checkpoint(
     prepared: Prepared,
     out: Path,
@@ -161,6 +200,7 @@ def quantize_checkpoint(
     overwrite: bool = False,
     fresh: bool = False,
     strict: bool = False,
+    max_memory: int | None = None,
     progress: Progress = silent,
     log: Log = unlogged,
     command: str = "",
@@ -179,6 +219,7 @@ def quantize_checkpoint(
         overwrite: replace `out` if it holds something.
         fresh: drop what a stopped run has left, and start anew.
         strict: make an error of every fallback and of everything left out.
+        max_memory: bytes that may be taken, of the device where that is a GPU; None: most of what is free.
         progress: is told what happens.
         log: is told what happened.
         command: how the run was started, for the record.
@@ -212,7 +253,10 @@ def quantize_checkpoint(
                 clock.seconds[phase] += seconds
             begin -= run.manifest.seconds.get("total", 0.0)
         log("start", processes=team.size, shards=spec.num_layers + 1, command=command)
-        quantizer = LayerQuantizer(spec, prepared.schemes, recipe, clock, watch, team=team)
+        shape = None if tokens is None else (tokens.ids.shape[0], tokens.ids.shape[1])
+        memory = plan_memory(spec, prepared.schemes, shape, work_dtype, device, max_memory, team.size)
+        limits = common_limits(team, memory.limits)
+        quantizer = LayerQuantizer(spec, prepared.schemes, recipe, clock, watch, limits, team)
         records = Course(job, run, quantizer, begin, watch.log, strict).end()
         summary = summarize(records, list(ModuleKind))
         if run is None:
@@ -230,7 +274,8 @@ def quantize_checkpoint(
                 *(tokens.warnings if tokens is not None else ()),
                 *changed_sessions(run.manifest.sessions),
             ],
-            "notes": prepared.notes,
+            "notes": [*prepared.notes, *memory.notes()],
+            "memory_plan": memory.to_dict(),
             "seconds": {phase: round(seconds, 3) for phase, seconds in clock.seconds.items()},
             "memory": dict(clock.memory),
         }

@@ -26,6 +26,7 @@ from alphaquant.errors import AlphaQuantError, CheckpointError, OutputError
 from alphaquant.layouts import module_table
 from alphaquant.pipeline.manifest import MANIFEST, Manifest, check_files, file_sha256
 from alphaquant.pipeline.staging import FOLDER, check_output, check_writable, staged, staging_of
+from alphaquant.pipeline.stream import HeldStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from alphaquant.formats import Scheme
     from alphaquant.layouts import Layout
     from alphaquant.models import ModelSpec
+    from alphaquant.pipeline.stream import Stream
 
 __all__ = ["FOLDER", "RunDir", "check_output", "check_writable"]
 
@@ -134,7 +136,7 @@ class RunDir:
         content: dict[str, Any] = json.loads((self.path / FOLDER / name).read_text(encoding="utf-8"))
         return content
 
-    def commit(self, streams: Mapping[str, Tensor], seconds: Mapping[str, float], **session: Any) -> None:
+    def commit(self, streams: Mapping[str, Stream], seconds: Mapping[str, float], **session: Any) -> None:
         """Make the last shard and the notes so far count: a run that is stopped goes on behind them.
 
         Args:
@@ -147,7 +149,14 @@ class RunDir:
         if streams:
             path = self.path / _STREAM / f"behind-{len(self.shards):05d}.safetensors"
             path.parent.mkdir(exist_ok=True)
-            stream = write_shard(path, streams, {})
+            held = [s for s in streams.values() if isinstance(s, HeldStream)]
+
+            def release() -> None:
+                for one in held:
+                    one.release()
+
+            rows = {name: s.rows_NLD if isinstance(s, HeldStream) else s for name, s in streams.items()}
+            stream = write_shard(path, rows, {}, release)
         *earlier, last = self.manifest.sessions
         self.manifest = replace(
             self.manifest, stream=stream, seconds=dict(seconds), sessions=[*earlier, last | session]

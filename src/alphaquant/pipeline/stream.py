@@ -1,12 +1,16 @@
 """The streaming loop: all sequences go through one half-layer, then through the next.
 
-Shapes: N sequences, L positions, D hidden. The residual stream `x_NLD` stays in memory; weights come and go by layer.
+Shapes: N sequences, L positions, D hidden. The residual stream `x_NLD` stays where it is held, in memory by default;
+weights come and go by layer.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
+import os
 import resource
+import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -14,15 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from alphaquant.errors import NumericsError
+from alphaquant.errors import NumericsError, OutputError
 from alphaquant.models import as_served, attention_half, mlp_half, read_layer, rope_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
-
-    from torch import Tensor
 
     from alphaquant.formats import Scheme
     from alphaquant.models import LayerWeights, ModelSpec, Tap, TensorSource
@@ -30,13 +33,17 @@ if TYPE_CHECKING:
 __all__ = [
     "Bad",
     "Clock",
+    "HeldStream",
     "Progress",
+    "Stream",
     "attend",
     "chunks",
     "embed",
     "feed",
+    "held_stream",
     "is_finite",
     "no_number",
+    "resident_memory",
     "silent",
     "through",
 ]
@@ -75,14 +82,14 @@ class Clock:
         try:
             yield
         finally:
-            spent, resident = time.perf_counter() - begin, _resident_bytes()
+            spent, resident = time.perf_counter() - begin, resident_memory()
             self.seconds[phase] += spent
             self.memory[phase] = max(self.memory[phase], resident)
             if self._tell is not None:
                 self._tell(phase, spent, resident)
 
 
-def _resident_bytes() -> int:
+def resident_memory() -> int:
     """Main memory that the process holds now; 0 where the system does not tell."""
     try:
         return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
@@ -94,6 +101,77 @@ def chunks(num_sequences: int, length: int) -> list[slice]:
     """Slices of sequences of about `CHUNK_TOKENS` tokens each; they depend on nothing but the two sizes."""
     size = max(1, CHUNK_TOKENS // length)
     return [slice(start, min(start + size, num_sequences)) for start in range(0, num_sequences, size)]
+
+
+class HeldStream:
+    """A residual stream that lies elsewhere than where it is worked on: its chunks come to the device and go back.
+
+    It has a tensor's shape, device and dtype, and some of its sequences are read and written at a time.
+
+    Args:
+        rows_NLD: where it lies.
+        device: where it is worked on.
+        release: gives up the memory of what was last read or written, where it is kept on disk.
+    """
+
+    def __init__(self, rows_NLD: Tensor, device: torch.device, release: Callable[[], None] | None = None) -> None:
+        self.rows_NLD = rows_NLD
+        self.device = device
+        self.release = release or (lambda: None)
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[N, L, D]`."""
+        return self.rows_NLD.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.rows_NLD.dtype
+
+    def __getitem__(self, cut: slice | Tensor) -> Tensor:
+        """A copy of some sequences, on the device."""
+        part = self.rows_NLD[cut].to(self.device, copy=True)
+        self.release()
+        return part
+
+    def __setitem__(self, cut: slice | Tensor, value: Tensor) -> None:
+        """Replace some sequences."""
+        self.rows_NLD[cut] = value.to(self.rows_NLD.device)
+        self.release()
+
+
+Stream = Tensor | HeldStream
+
+
+def held_stream(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, folder: Path) -> HeldStream:
+    """An empty stream in the host's memory, pinned, for a GPU; for a CPU in a file that vanishes with the process.
+
+    Args:
+        shape: `[N, L, D]`.
+        dtype: of the activations.
+        device: where they are worked on.
+        folder: where the file is made.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    if device.type != "cpu":
+        return HeldStream(torch.empty(shape, dtype=dtype, pin_memory=True), device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)  # a full disk is told now, not by a signal later
+            pages = mmap.mmap(file.fileno(), num_bytes)
+    except OSError as error:
+        raise OutputError(
+            f"the activations take {num_bytes} bytes on disk: {error.strerror}",
+            where=str(folder),
+            remedy="make room, give fewer --nsamples, or more --max-memory",
+        ) from error
+    rows_NLD = torch.frombuffer(pages, dtype=dtype).view(shape)
+    # shared pages that are given up are kept by the file: they come back when they are read
+    return HeldStream(rows_NLD, device, lambda: pages.madvise(mmap.MADV_DONTNEED))
 
 
 def embed(ids_NL: Tensor, embedding_VD: Tensor) -> Tensor:
@@ -109,7 +187,7 @@ class Bad(Protocol):
 
 
 def attend(
-    x_NLD: Tensor,
+    x_NLD: Stream,
     weights: LayerWeights,
     spec: ModelSpec,
     layer: int,
@@ -137,7 +215,7 @@ def attend(
 
 
 def feed(
-    x_NLD: Tensor,
+    x_NLD: Stream,
     weights: LayerWeights,
     spec: ModelSpec,
     layer: int,
@@ -181,7 +259,7 @@ def through(
 
 @torch.no_grad()
 def _each_chunk(
-    x_NLD: Tensor,
+    x_NLD: Stream,
     half: Callable[[Tensor], Tensor],
     where: str,
     tap: Tap | None,

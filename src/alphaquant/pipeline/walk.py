@@ -5,21 +5,27 @@ Shapes: N sequences, L positions, D hidden.
 
 from __future__ import annotations
 
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alphaquant.models import read_layer, read_outer
 from alphaquant.pipeline.layer import QuantizedLayer
 from alphaquant.pipeline.records import LayerRecord, require_finite
-from alphaquant.pipeline.stream import embed
+from alphaquant.pipeline.stream import chunks, embed, held_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
 
     import torch
     from torch import Tensor
 
-    from alphaquant.models import TensorSource
+    from alphaquant.models import LayerWeights, TensorSource
     from alphaquant.pipeline.layer import LayerQuantizer
+    from alphaquant.pipeline.stream import HeldStream, Stream
 
 __all__ = ["quantize_shards"]
 
@@ -33,7 +39,8 @@ def quantize_shards(
     dtype: torch.dtype,
     done: int = 0,
     streams: Mapping[str, Tensor] | None = None,
-) -> Iterator[tuple[QuantizedLayer, dict[str, Tensor]]]:
+    scratch: Path | None = None,
+) -> Iterator[tuple[QuantizedLayer, dict[str, Stream]]]:
     """Quantize one layer after the other, and last what lies outside of them: embedding and head.
 
     Args:
@@ -44,6 +51,7 @@ def quantize_shards(
         dtype: of weights and activations while they are worked on.
         done: layers that are quantized already.
         streams: what was given along with the last of them.
+        scratch: where activations go if the quantizer's limits keep them out of memory; None: with temporary files.
 
     Yields:
         Codes and record of a shard, and by name all that the next layer takes from this one: it moves on in place.
@@ -55,22 +63,67 @@ def quantize_shards(
     with clock("read"):
         outer = read_outer(source, spec, dtype, device)
     embedding = quantizer.embedding(outer)
-    if done:
-        behind = {name: stream.to(device) for name, stream in (streams or {}).items()}
-    else:
-        behind = {} if ids_NL is None else {"quantized": embed(ids_NL, outer["model.embed_tokens.weight"])}
+    behind: dict[str, Stream] = {}
+    for name, stream in (streams or {}).items() if done else ():
+        behind[name] = _held(stream, device, scratch) if quantizer.limits.holds_stream else stream.to(device)
+    if not done and ids_NL is not None:
+        table_VD = outer["model.embed_tokens.weight"]
+        behind["quantized"] = (
+            _embedded(ids_NL, table_VD, scratch) if quantizer.limits.holds_stream else embed(ids_NL, table_VD)
+        )
 
-    def quantize(layer: int) -> QuantizedLayer:
-        quantizer.progress("read", layer, spec.num_layers)
-        with clock("read"):
-            weights = read_layer(source, spec, layer, dtype, device)
-        return _checked(quantizer.layer(layer, weights, behind.get("quantized")))
+    def read(layer: int) -> LayerWeights:
+        return read_layer(source, spec, layer, dtype, device)
 
-    for layer in range(done, spec.num_layers):
-        yield quantize(layer), behind  # no name here keeps weights or codes: they would lie beside the next layer's
+    with closing(_ahead(read, range(done, spec.num_layers), reads_ahead=quantizer.limits.reads_ahead)) as layers:
+
+        def quantize(layer: int) -> QuantizedLayer:
+            quantizer.progress("read", layer, spec.num_layers)
+            with clock("read"):
+                weights = next(layers)
+            return _checked(quantizer.layer(layer, weights, behind.get("quantized")))
+
+        for layer in range(done, spec.num_layers):
+            yield quantize(layer), behind  # no name here keeps weights or codes: they would lie beside the next layer's
     head = quantizer.head(outer, behind.get("quantized"))
     record = LayerRecord(None, embedding.record.modules + head.record.modules)
     yield _checked(QuantizedLayer(embedding.quantized | head.quantized, record)), {}
+
+
+def _ahead(
+    read: Callable[[int], LayerWeights], layers: Iterable[int], *, reads_ahead: bool
+) -> Generator[LayerWeights, None, None]:
+    """What `read` gives for each layer; the next is read by a thread while one is worked on."""
+    if not reads_ahead:
+        yield from map(read, layers)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        coming: list[Future[LayerWeights]] = []
+        for layer in layers:
+            coming.append(pool.submit(read, layer))
+            if len(coming) > 1:
+                yield coming.pop(0).result()
+        while coming:
+            yield coming.pop().result()
+
+
+def _held(stream_NLD: Tensor, device: torch.device, scratch: Path | None) -> HeldStream:
+    held = _empty(stream_NLD.shape, stream_NLD.dtype, device, scratch)
+    for cut in chunks(*stream_NLD.shape[:2]):
+        held[cut] = stream_NLD[cut]
+    return held
+
+
+def _embedded(ids_NL: Tensor, table_VD: Tensor, scratch: Path | None) -> HeldStream:
+    held = _empty((*ids_NL.shape, table_VD.shape[1]), table_VD.dtype, table_VD.device, scratch)
+    for cut in chunks(*ids_NL.shape):
+        held[cut] = embed(ids_NL[cut], table_VD)
+    return held
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, scratch: Path | None) -> HeldStream:
+    sequences, length, hidden = shape
+    return held_stream((sequences, length, hidden), dtype, device, scratch or Path(tempfile.gettempdir()))
 
 
 def _checked(result: QuantizedLayer) -> QuantizedLayer:

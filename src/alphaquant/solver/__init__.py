@@ -5,6 +5,7 @@ from alphaquant.solver.factor import Factor, damp, factorize
 from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.hessian import Evidence, EvidenceSum, HessianSum
 from alphaquant.solver.method import (
+    SPENDING,
     WORKSPACE_WEIGHTS,
     Effort,
     Method,
@@ -20,6 +21,7 @@ from alphaquant.solver.rtn import hessian_loss, round_to_nearest
 from alphaquant.solver.scales import Scales, absmax_scales, search_scales
 
 __all__ = [
+    "SPENDING",
     "WORKSPACE_WEIGHTS",
     "Backend",
     "Effort",

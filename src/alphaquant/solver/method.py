@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from alphaquant.formats import QuantizedTensor, Scheme
 
 __all__ = [
+    "SPENDING",
     "WORKSPACE_WEIGHTS",
     "Effort",
     "Method",
@@ -57,7 +58,7 @@ class Effort(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class _Spending:
+class Spending:
     """What an effort pays for beyond one walk.
 
     Attributes:
@@ -72,11 +73,16 @@ class _Spending:
     rounds: int = 0
     sweeps: int = 0
 
+    @property
+    def walks(self) -> int:
+        """All of them."""
+        return 1 + len(self.shifts) + self.refits
 
-_SPENDING = {
-    Effort.FAST: _Spending(),
-    Effort.DEFAULT: _Spending(shifts=(1,), refits=1, rounds=2, sweeps=1),
-    Effort.BEST: _Spending(shifts=(1, -1), refits=3, rounds=3, sweeps=2),
+
+SPENDING = {
+    Effort.FAST: Spending(),
+    Effort.DEFAULT: Spending(shifts=(1,), refits=1, rounds=2, sweeps=1),
+    Effort.BEST: Spending(shifts=(1, -1), refits=3, rounds=3, sweeps=2),
 }
 _SHIFT = 0.6
 
@@ -239,7 +245,7 @@ def _solve_rows(
         return better_rows(rounded, round_to_nearest(w_EOI, scheme, scales, damped_EII))
     if fast:
         return solve(w_EOI, factor, scheme, start, recipe.block_size, recipe.backend)
-    scales, spending = search_scales(w_EOI, scheme, global_scale_E=global_scale_E), _SPENDING[recipe.effort]
+    scales, spending = search_scales(w_EOI, scheme, global_scale_E=global_scale_E), SPENDING[recipe.effort]
     solution = _best_walk(w_EOI, damped_EII, factor, scheme, scales, recipe)
     return refine(w_EOI, damped_EII, solution, rounds=spending.rounds, sweeps=spending.sweeps, backend=recipe.backend)
 
@@ -252,7 +258,7 @@ def _best_walk(
     What a walk rounds is spread wider than the weights, by the errors that were fed back; so no scale that is chosen
     before it is the best one. Scales that are powers of two cannot be shifted by a little.
     """
-    spending = _SPENDING[recipe.effort]
+    spending = SPENDING[recipe.effort]
 
     def walk(scales: Scales) -> Solution:
         return solve(w_EOI, factor, scheme, scales, recipe.block_size, recipe.backend)

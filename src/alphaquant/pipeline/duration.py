@@ -1,0 +1,108 @@
+"""How long a run will take, foretold from its work and from how fast this machine multiplies.
+
+Rough: the machine is timed for a moment, and what the solver does beside products is counted as products that take as
+long, by the rates of `benchmarks/speed.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from alphaquant.models import MoESpec
+from alphaquant.pipeline.collect import widths
+from alphaquant.solver import SPENDING, Effort, Method
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from alphaquant.formats import Scheme
+    from alphaquant.models import ModelSpec, Parameter
+    from alphaquant.solver import Recipe
+
+__all__ = ["foretell_seconds"]
+
+_READ_BYTES = 1e9  # a second, from a disk
+# operations of a product that take as long as one weight's search, walk and refinement, beside their own products
+_SEARCH, _WALK, _REFINE = 9e3, 9e3, 2e4
+
+
+def foretell_seconds(
+    spec: ModelSpec,
+    schemes: Mapping[str, Scheme | None],
+    tokens: tuple[int, int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    recipe: Recipe,
+    passes: float = 1.0,
+) -> dict[str, float]:
+    """Seconds by phase.
+
+    Args:
+        spec: the model.
+        schemes: for every module its scheme.
+        tokens: sequences and their length; None without calibration.
+        dtype: of weights and activations while they are worked on.
+        device: where they are worked on.
+        recipe: settings of the method.
+        passes: how often a half-layer is run to collect its Hessians.
+    """
+    rows = 0 if tokens is None else tokens[0] * tokens[1]
+    forward = gram = solve = 0.0
+    read = sum(map(_weights, spec.outer_parameters()))
+    for layer in range(spec.num_layers):
+        parameters = spec.parameters(layer)
+        mlp = spec.layers[layer].mlp
+        top_k = mlp.top_k / mlp.num_experts if isinstance(mlp, MoESpec) else 1.0
+        for parameter in parameters:
+            experts = parameter.num_experts or 1
+            read += experts * _weights(parameter)
+            seen = rows * (top_k if parameter.num_experts else 1.0) * experts
+            forward += 2 * seen * _weights(parameter)
+        wanted = []
+        for parameter in parameters:
+            quantized = sum(schemes.get(name) is not None for name in spec.module_names(layer, parameter))
+            if parameter.source is not None and quantized:
+                wanted.append(parameter)
+                solve += quantized * _solve_work(parameter, recipe, calibrated=tokens is not None)
+        for experts, width in widths(wanted).values():
+            gram += rows * width**2 * (experts * top_k if experts > 1 else 1.0)
+            if tokens is not None and recipe.method is Method.GPTQ:
+                solve += experts * width**3
+        if tokens is not None:
+            forward += 2 * rows * tokens[1] * spec.hidden_size  # scores and values, half of them masked
+    products, solver = _rate(dtype, device), _rate(torch.float32, device)
+    return {
+        "read": read * dtype.itemsize / _READ_BYTES,
+        "calibrate": (passes * forward + gram) / products,
+        "solve": solve / solver,
+        "propagate": forward / products,
+    }
+
+
+def _weights(parameter: Parameter) -> int:
+    return parameter.shape[0] * (parameter.shape[1] if len(parameter.shape) > 1 else 1)
+
+
+def _solve_work(parameter: Parameter, recipe: Recipe, *, calibrated: bool) -> float:
+    in_features = parameter.shape[-1]
+    search = 0.0 if recipe.effort is Effort.FAST else _SEARCH
+    if not calibrated or recipe.method is Method.RTN:
+        return _weights(parameter) * search
+    spending = SPENDING[recipe.effort]
+    refine = spending.rounds * spending.sweeps * (9 * in_features + _REFINE)
+    return _weights(parameter) * (search + spending.walks * (_WALK + in_features) + refine)
+
+
+def _rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations a second of a product of moderate size."""
+    size = 4096 if device.type == "cuda" else 768
+    x = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(3):
+        begin = time.perf_counter()
+        (x @ x)[0, 0].item()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
