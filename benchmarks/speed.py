@@ -235,9 +235,7 @@ def measured(name: str, shape: Shape, args: argparse.Namespace, device: torch.de
         "measured": {"experts": experts, "tokens": tokens, "format": args.format, "group": args.group},
         "ceilings": limits,
         "phases": [asdict(p) for p in phases],
-        "nanoseconds_a_weight": {
-            phase: by_name[phase] * 1e9 / layer_weights for phase in SOLVER
-        },
+        "nanoseconds_a_weight": {phase: by_name[phase] * 1e9 / layer_weights for phase in SOLVER},
         "whole_layer": {"tokens": whole, "seconds": total, "solver_share": share},
     }
 

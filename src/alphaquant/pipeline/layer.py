@@ -17,6 +17,7 @@ from alphaquant.formats import QuantizedTensor, dequantize
 from alphaquant.models import MoESpec, Source, as_served, head_input
 from alphaquant.pipeline.collect import Collector, Reading, Shown, collection_passes, widths
 from alphaquant.pipeline.distributed import SOLO, Team
+from alphaquant.pipeline.pace import Pace, fits
 from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RoutingRecord
 from alphaquant.pipeline.samples import MOST, Samples, culprit, rows_left_out
 from alphaquant.pipeline.stream import Clock, attend, feed, silent
@@ -90,6 +91,7 @@ class LayerQuantizer:
         limits: what may lie in memory at a time; no code depends on it.
         team: the processes that share the work.
         samples: which calibration samples are left out.
+        pace: how many of them go at a time; it falls where a device's memory runs out.
     """
 
     spec: ModelSpec
@@ -100,6 +102,7 @@ class LayerQuantizer:
     limits: Limits = field(default_factory=Limits)
     team: Team = SOLO
     samples: Samples = field(default_factory=Samples)
+    pace: Pace = field(default_factory=Pace)
 
     @torch.no_grad()
     def layer(self, layer: int, weights: LayerWeights, x_NLD: Stream | None) -> QuantizedLayer:
@@ -124,12 +127,14 @@ class LayerQuantizer:
                     for reading, some in part.items()
                 }
                 own = {reading: ranks[self.team.rank] for reading, ranks in takes.items() if ranks[self.team.rank]}
-                collector = Collector(parameters, own, self.recipe.routing_power, self.recipe.backend)
+                collector = self._collector(layer, own)
                 # with nothing to solve the pass is still worth its time for what it shows of the experts
                 if x_NLD is not None and (stacks or isinstance(self.spec.layers[layer].mlp, MoESpec)):
                     self._tell("calibrate", layer, x_NLD)
                     with self.clock("calibrate"):
-                        self._collect(half, layer, served, x_NLD, collector, takes)
+                        while not self._collect(half, layer, served, x_NLD, collector, takes):
+                            notes.append(self.pace.slower(self._cuts(x_NLD), f"layer {layer}, {where}"))
+                            collector = self._collector(layer, own)
                         seen = self._rows_seen(collector)
                         notes += rows_left_out(seen, self.spec, layer, f"layer {layer}, {where}")
                 self._tell("solve", layer)
@@ -195,6 +200,9 @@ class LayerQuantizer:
         """The chunks of the stream that are this process's."""
         return [cut for cut in self.team.turns(self.samples.cuts(*x_NLD.shape[:2])) if cut is not None]
 
+    def _collector(self, layer: int, own: Mapping[Reading, range]) -> Collector:
+        return Collector(self.spec.parameters(layer), own, self.recipe.routing_power, self.recipe.backend)
+
     def _collect(
         self,
         half: Callable[..., None],
@@ -203,11 +211,14 @@ class LayerQuantizer:
         x_NLD: Stream,
         collector: Collector,
         takes: Mapping[Reading, list[range]],
-    ) -> None:
-        """Show the stream to the collector: all of it, or in turns and what each process takes of every turn."""
+    ) -> bool:
+        """Show the stream to the collector: all of it, or in turns and what each process takes of every turn.
+
+        False where memory ran out, which leaves the collector with a part.
+        """
         if self.team.size == 1:
-            half(x_NLD, weights, self.spec, layer, tap=collector, cuts=self._cuts(x_NLD))
-            return
+            cuts = self.pace.cut(self._cuts(x_NLD))
+            return fits(half, x_NLD, weights, self.spec, layer, tap=collector, cuts=cuts)
         sizes, mlp = widths(self.spec.parameters(layer)), self.spec.layers[layer].mlp
         if half is feed and isinstance(mlp, MoESpec):
             routed = [Source.EXPERT_IN, *([Source.SHARED_IN] if mlp.shared_gate else [])]
@@ -226,6 +237,7 @@ class LayerQuantizer:
                         collector.note(reading.source, how)
                     collector.add(reading, rows_RI, how)
                 noted.add(reading.source)
+        return True
 
     def _rows_seen(self, collector: Collector) -> dict[Source, tuple[int, int]]:
         """Of each source the rows that are no numbers, and all, in the team's Hessians of one reading of it."""
@@ -266,8 +278,14 @@ class LayerQuantizer:
                 else:
                     found.append((sample, culprit(half, x_NLD[sample : sample + 1], weights, self.spec, layer)))
 
-        half(x_NLD, weights, self.spec, layer, cuts=self._cuts(x_NLD), bad=bad)
-        return self.samples.settle(x_NLD.shape[0], where, self.team)
+        notes, rest = [], self.pace.cut(self._cuts(x_NLD))
+        while rest:
+            if fits(half, x_NLD, weights, self.spec, layer, cuts=rest[:1], bad=bad):
+                rest.pop(0)
+            else:
+                notes.append(self.pace.slower(rest, where))
+                rest = self.pace.cut(rest)
+        return notes + self.samples.settle(x_NLD.shape[0], where, self.team)
 
     def _together(self, record: LayerRecord) -> list[ModuleRecord]:
         """The records of all processes."""

@@ -116,7 +116,8 @@ class RoutingRecord:
 class LayerRecord:
     """Everything that a run notes of one layer; `layer` is None for embedding and head.
 
-    `events` are those that are not of one module: samples and inputs that were left out.
+    `events` are those that are not of one module: samples and inputs that were left out, memory that ran
+    out.
     """
 
     layer: int | None

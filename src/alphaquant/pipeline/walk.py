@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from alphaquant.models import read_layer, read_outer
 from alphaquant.pipeline.layer import QuantizedLayer
+from alphaquant.pipeline.pace import out_of_memory
 from alphaquant.pipeline.records import LayerRecord, require_finite
 from alphaquant.pipeline.stream import chunks, embed, held_stream
 
@@ -81,11 +82,13 @@ def quantize_shards(
             quantizer.progress("read", layer, spec.num_layers)
             with clock("read"):
                 weights = next(layers)
-            return _checked(quantizer.layer(layer, weights, behind.get("quantized")))
+            with out_of_memory(f"layer {layer}"):
+                return _checked(quantizer.layer(layer, weights, behind.get("quantized")))
 
         for layer in range(done, spec.num_layers):
             yield quantize(layer), behind  # no name here keeps weights or codes: they would lie beside the next layer's
-    head = quantizer.head(outer, behind.get("quantized"))
+    with out_of_memory("head"):
+        head = quantizer.head(outer, behind.get("quantized"))
     record = LayerRecord(None, embedding.record.modules + head.record.modules)
     yield _checked(QuantizedLayer(embedding.quantized | head.quantized, record)), {}
 
