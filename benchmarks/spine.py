@@ -1,9 +1,11 @@
 """tiny-olmoe against the peers: quality at INT2-4 symmetric g64, and time of the INT4 run, interleaved.
 
-    python benchmarks/spine.py --shared ../shared --llmcompressor LC/bin/python --gptqmodel GM/bin/python
+    python benchmarks/spine.py --shared ../shared --llmcompressor LC/bin/python --gptqmodel GM/bin/python --quality
+    python benchmarks/spine.py --shared ../shared --llmcompressor LC/bin/python --batched 16 --speed --layer
 
 Each peer is the Python of an environment of its own (`--shared` holds the scripts that run it); without one it is
-left out. Everything runs with `--threads` threads. Seconds leave out start-up, loading the tokenizer's text and, for
+left out. `--layer` takes the time of one layer of OLMoE's widths instead, with 8 experts of random weights and 32 × 256
+tokens. Everything runs with `--threads` threads. Seconds leave out start-up, loading the tokenizer's text and, for
 the peers, reading and writing the model; for alphaquant they take reading and writing in. Prints JSON.
 """
 
@@ -12,11 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
 
 ALPHAQUANT = "alphaquant"
 
@@ -34,13 +40,36 @@ def run(command: list[str], threads: int, cwd: Path | None = None) -> str:
     return done.stdout
 
 
+def write_layer(folder: Path, source: Path) -> Path:
+    """One OLMoE layer at its full widths with 8 experts, of which a token takes 2, and the source's vocabulary."""
+    config = json.loads((source / "config.json").read_text())
+    config |= {"hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16}
+    config |= {"num_hidden_layers": 1, "num_experts": 8, "num_experts_per_tok": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, folder / name)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"model.layers.0.self_attn.{name}_proj": (2048, 2048) for name in "qkvo"}
+    for expert in range(8):
+        shapes |= {f"model.layers.0.mlp.experts.{expert}.{name}_proj": (1024, 2048) for name in ("gate", "up")}
+        shapes[f"model.layers.0.mlp.experts.{expert}.down_proj"] = (2048, 1024)
+    shapes |= {"model.layers.0.mlp.gate": (8, 2048)}
+    shapes |= dict.fromkeys(("model.embed_tokens", "lm_head"), (config["vocab_size"], 2048))
+    tensors = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
+    norms = ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm")
+    norms += ("layers.0.self_attn.q_norm", "layers.0.self_attn.k_norm")
+    tensors |= {f"model.{name}": torch.ones(2048) for name in norms}
+    save_file({f"{name}.weight": x.bfloat16() for name, x in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
 def ours(args: argparse.Namespace, bits: int, seed: int, effort: str, *, quality: bool) -> dict[str, float]:
-    data, model = args.shared / "data" / "wikitext2", args.shared / "models" / "tiny-olmoe"
+    data, model = args.shared / "data" / "wikitext2", args.model
     command = [sys.executable, "-m", "alphaquant"]
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/out"
         plan = ["--scheme", f"int{bits}:g64", "--effort", effort, "--seed", str(seed), "--json"]
-        calibration = ["--calib", str(data / "train.txt"), "--nsamples", "128", "--seqlen", "256"]
+        calibration = ["--calib", str(data / "train.txt"), "--nsamples", str(args.nsamples), "--seqlen", "256"]
         report = json.loads(run([*command, "quantize", str(model), *plan, *calibration, "-o", out], args.threads))
         seconds = report["seconds"]
         row = {"seconds": seconds["total"] - seconds["tokenize"], "seconds_with_tokens": seconds["total"]}
@@ -50,12 +79,14 @@ def ours(args: argparse.Namespace, bits: int, seed: int, effort: str, *, quality
     return row
 
 
-def peer(args: argparse.Namespace, tool: str, bits: int, seed: int) -> dict[str, float]:
+def peer(args: argparse.Namespace, tool: str, bits: int, seed: int, *, batched: int = 0) -> dict[str, float]:
     script = args.shared / "peers" / {"llmcompressor": "llmcompressor_gptq.py", "gptqmodel": "gptqmodel_gptq.py"}[tool]
-    data, model = args.shared / "data" / "wikitext2", args.shared / "models" / "tiny-olmoe"
+    data = args.shared / "data" / "wikitext2"
     options = ["--bits", str(bits), "--seed", str(seed), "--calib", str(data / "train.txt")]
+    options += ["--nsamples", str(args.nsamples), "--windows", str(300 if args.quality else 1)]
+    options += ["--batched", str(batched)] if batched else []
     with tempfile.TemporaryDirectory() as folder:
-        command = [getattr(args, tool), str(script), str(model), *options, "--data", str(data / "valid.txt")]
+        command = [getattr(args, tool), str(script), str(args.model), *options, "--data", str(data / "valid.txt")]
         output = run(command, args.threads, Path(folder))
     line = next(line for line in output.splitlines() if line.startswith("RESULT "))
     return json.loads(line.removeprefix("RESULT "))
@@ -66,12 +97,22 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--llmcompressor", help="Python of an environment with llm-compressor")
     parser.add_argument("--gptqmodel", help="Python of an environment with GPTQModel")
+    parser.add_argument("--batched", type=int, help="time llm-compressor with batched_quantization too, of this size")
+    parser.add_argument("--layer", action="store_true", help="time one layer of OLMoE's widths")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--quality", action="store_true", help="measure perplexity and KL")
     parser.add_argument("--speed", action="store_true", help="measure time, interleaved")
     args = parser.parse_args()
     args.shared = args.shared.resolve()
+    args.model, args.nsamples = args.shared / "models" / "tiny-olmoe", 128
+    with tempfile.TemporaryDirectory() as folder:
+        if args.layer:
+            args.model, args.nsamples = write_layer(Path(folder), args.model), 32
+        print(json.dumps(results(args), indent=2))
+
+
+def results(args: argparse.Namespace) -> dict[str, object]:
     tools = [tool for tool in ("llmcompressor", "gptqmodel") if getattr(args, tool)]
     result: dict[str, object] = {}
     if args.quality:
@@ -92,15 +133,18 @@ def main() -> None:
                 seconds.setdefault(f"{ALPHAQUANT} --effort {effort}, tokens", []).append(row["seconds_with_tokens"])
             for tool in tools:
                 seconds.setdefault(tool, []).append(peer(args, tool, 4, pair)["seconds"])
+            if args.batched and args.llmcompressor:
+                took = peer(args, "llmcompressor", 4, pair, batched=args.batched)["seconds"]
+                seconds.setdefault(f"llmcompressor, batched {args.batched}", []).append(took)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         result["seconds"] = seconds
         result["ratio"] = {
             f"{tool} / {name}": medians[tool] / medians[name]
-            for tool in tools
+            for tool in medians
             for name in medians
-            if name.startswith(ALPHAQUANT)
+            if name.startswith(ALPHAQUANT) and not tool.startswith(ALPHAQUANT)
         }
-    print(json.dumps(result, indent=2))
+    return result
 
 
 if __name__ == "__main__":
