@@ -45,6 +45,7 @@ docs: $(VENV)-docs/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/memory.py --layer-mib 64
+	$(BIN)/python benchmarks/speed.py --shapes olmoe
 
 # torch first and pinned: another package's wish for "any torch" would bring several GB of CUDA
 $(VENV)/.installed: pyproject.toml constraints.txt
