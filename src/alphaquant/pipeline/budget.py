@@ -5,6 +5,7 @@ Bytes are upper estimates of what lies in memory together; see `docs/architectur
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -154,7 +155,7 @@ def _plan(
     workspace: int,
 ) -> MemoryPlan:
     kinds = _distinct_layers(spec, schemes)
-    outer = sum(p.shape[0] * (p.shape[1] if len(p.shape) > 1 else 1) for p in spec.outer_parameters())
+    outer = _layer_weights(spec.outer_parameters())
     parts = {"imports and buffers": base_bytes, "embedding and head": outer * dtype.itemsize}
     if tokens is not None and not holds_stream:
         parts["activations between layers"] = tokens[0] * tokens[1] * spec.hidden_size * dtype.itemsize
@@ -206,14 +207,7 @@ def _halves(
 
 
 def _layer_weights(parameters: Iterable[Parameter]) -> int:
-    return sum(_weights(p) for p in parameters)
-
-
-def _weights(parameter: Parameter) -> int:
-    size = parameter.num_experts or 1
-    for length in parameter.shape:
-        size *= length
-    return size
+    return sum((parameter.num_experts or 1) * math.prod(parameter.shape) for parameter in parameters)
 
 
 def _code_bytes(spec: ModelSpec, schemes: Mapping[str, Scheme | None], layer: int) -> int:

@@ -6,6 +6,7 @@ long, by the rates of `benchmarks/speed.py`.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
@@ -51,16 +52,16 @@ def foretell_seconds(
     """
     rows = 0 if tokens is None else tokens[0] * tokens[1]
     forward = gram = solve = 0.0
-    read = sum(map(_weights, spec.outer_parameters()))
+    read = sum(math.prod(parameter.shape) for parameter in spec.outer_parameters())
     for layer in range(spec.num_layers):
         parameters = spec.parameters(layer)
         mlp = spec.layers[layer].mlp
         top_k = mlp.top_k / mlp.num_experts if isinstance(mlp, MoESpec) else 1.0
         for parameter in parameters:
             experts = parameter.num_experts or 1
-            read += experts * _weights(parameter)
+            read += experts * math.prod(parameter.shape)
             seen = rows * (top_k if parameter.num_experts else 1.0) * experts
-            forward += 2 * seen * _weights(parameter)
+            forward += 2 * seen * math.prod(parameter.shape)
         wanted = []
         for parameter in parameters:
             quantized = sum(schemes.get(name) is not None for name in spec.module_names(layer, parameter))
@@ -82,18 +83,14 @@ def foretell_seconds(
     }
 
 
-def _weights(parameter: Parameter) -> int:
-    return parameter.shape[0] * (parameter.shape[1] if len(parameter.shape) > 1 else 1)
-
-
 def _solve_work(parameter: Parameter, recipe: Recipe, *, calibrated: bool) -> float:
     in_features = parameter.shape[-1]
     search = 0.0 if recipe.effort is Effort.FAST else _SEARCH
     if not calibrated or recipe.method is Method.RTN:
-        return _weights(parameter) * search
+        return math.prod(parameter.shape) * search
     spending = SPENDING[recipe.effort]
     refine = spending.rounds * spending.sweeps * (9 * in_features + _REFINE)
-    return _weights(parameter) * (search + spending.walks * (_WALK + in_features) + refine)
+    return math.prod(parameter.shape) * (search + spending.walks * (_WALK + in_features) + refine)
 
 
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
