@@ -170,10 +170,15 @@ def unmatched(pattern: Pattern, where: str, names: Iterable[str]) -> str:
     indices = _index_sets(names)
     if problem := _out_of_range(pattern, indices):
         raise PlanError(f"{pattern.text!r} matches no module: {problem}", where=where, remedy="use indices in range")
+    wider = _widened(pattern, names)
     if _known_elsewhere(pattern, indices):
         why = "no module of this model, though other layers or families have such a module; it does nothing"
-        return f"{where}: {pattern.text!r} matches {why}"
-    remedy = did_you_mean(_suggest(pattern.text, names)) or "compare it with the names of the model's modules"
+        return f"{where}: {pattern.text!r} matches {why}{f'; {wider} would' if wider else ''}"
+    remedy = (
+        (f"* stays within a segment: write {wider}" if wider else None)
+        or did_you_mean(_suggest(pattern.text, names))
+        or "compare it with the names of the model's modules"
+    )
     raise PlanError(f"{pattern.text!r} matches no module", where=where, remedy=remedy)
 
 
@@ -187,6 +192,17 @@ def unknown_name(name: str, names: Iterable[str]) -> PlanError:
     problem = _out_of_range(compile_pattern(name), _index_sets(known)) if _NAME.fullmatch(name) else None
     what = f"no module is named {name!r}" + (f": {problem}" if problem else "")
     return PlanError(what, where="the modules of this model", remedy=remedy or "list the modules to see their names")
+
+
+def _widened(pattern: Pattern, names: Iterable[str]) -> str | None:
+    """The pattern with `**` for each inner `*`, where that matches one of the names."""
+    first, *inner = pattern.segments
+    last = [inner.pop()] if inner else []
+    text = ".".join([first, *("**" if segment == "*" else segment for segment in inner), *last])
+    if text == pattern.text or text.count("*") > _MAX_STARS:
+        return None
+    wider = compile_pattern(text)
+    return ".".join(wider.segments) if any(map(wider.matches, names)) else None
 
 
 def _index_sets(names: Iterable[str]) -> dict[str, list[int]]:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
-from alphaquant.checkpoint import Checkpoint, resolve_model
+from alphaquant.checkpoint import Checkpoint, open_model, resolve_model
+from alphaquant.cli import app
 from alphaquant.errors import CheckpointError
 from pipeline import tiny
 
@@ -59,62 +63,77 @@ def repository(tmp_path):
     return directory
 
 
+class Handler(BaseHTTPRequestHandler):
+    """A stand-in for the hub: it serves one repository, and notes what is fetched."""
+
+    repository: Path
+    fetched: list[str]
+
+    def do_GET(self):
+        if self.path.startswith("/api/models/org/name/tree/"):
+            paths = [path for path in self.repository.rglob("*") if path.is_file()]
+            self.give_json([self.entry(path) for path in paths])
+        elif self.path.startswith("/api/models/org/name"):
+            siblings = [
+                {"rfilename": path.relative_to(self.repository).as_posix()}
+                for path in self.repository.rglob("*")
+                if path.is_file()
+            ]
+            self.fetched.append(STATE)
+            self.give_json({"id": "org/name", "sha": COMMIT, "siblings": siblings})
+        else:
+            self.do_HEAD(body=True)
+
+    def do_HEAD(self, *, body: bool = False):
+        before, _, name = self.path.partition(f"/resolve/{COMMIT}/")
+        if before != "/org/name" or not (self.repository / name).is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data = (self.repository / name).read_bytes()
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        sent = data if part is None else data[int(part[1]) : int(part[2]) + 1]
+        self.send_response(200 if part is None else 206)
+        self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(sent)))
+        self.end_headers()
+        if body:
+            self.fetched.append(name if len(sent) == len(data) else f"{len(sent)} bytes of {name}")
+            self.wfile.write(sent)
+
+    def do_POST(self):
+        asked = urllib.parse.parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        assert self.path == f"/api/models/org/name/paths-info/{COMMIT}"
+        paths = [self.repository / name for name in asked.get("paths", ())]
+        self.give_json([self.entry(path) for path in paths if path.is_file()])
+
+    def entry(self, path: Path) -> dict[str, object]:
+        data = path.read_bytes()
+        name = path.relative_to(self.repository).as_posix()
+        return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+
+    def give_json(self, content: object) -> None:
+        data = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
 @pytest.fixture
 def hub(repository, tmp_path, monkeypatch):
     """A stand-in for the hub, an empty cache, and the list of files that were fetched."""
     fetched: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path.startswith("/api/models/org/name/tree/"):
-                paths = [path for path in repository.rglob("*") if path.is_file()]
-                self.give_json([self.entry(path) for path in paths])
-            elif self.path.startswith("/api/models/org/name"):
-                siblings = [
-                    {"rfilename": path.relative_to(repository).as_posix()}
-                    for path in repository.rglob("*")
-                    if path.is_file()
-                ]
-                fetched.append(STATE)
-                self.give_json({"id": "org/name", "sha": COMMIT, "siblings": siblings})
-            else:
-                self.do_HEAD(body=True)
-
-        def do_HEAD(self, *, body: bool = False):
-            before, _, name = self.path.partition(f"/resolve/{COMMIT}/")
-            if before != "/org/name" or not (repository / name).is_file():
-                self.send_response(404)
-                self.send_header("X-Error-Code", "RepoNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return
-            data = (repository / name).read_bytes()
-            self.send_response(200)
-            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if body:
-                fetched.append(name)
-                self.wfile.write(data)
-
-        def entry(self, path: Path) -> dict[str, object]:
-            data = path.read_bytes()
-            name = path.relative_to(repository).as_posix()
-            return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-
-        def give_json(self, content: object) -> None:
-            data = json.dumps(content).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    handler = type("Bound", (Handler,), {"repository": repository, "fetched": fetched})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     address = f"http://127.0.0.1:{server.server_port}"
@@ -142,6 +161,57 @@ def test_only_what_is_needed_is_fetched_and_only_once(hub, repository, monkeypat
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert resolve_model("org/name") == directory
     assert hub == []
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_of_a_model_to_be_looked_at_headers_are_enough(hub, repository, monkeypatch, shards):
+    monkeypatch.setattr("alphaquant.checkpoint.hub._BLOCK_BYTES", 512)
+    if shards == 1:
+        for name in ("model.safetensors.index.json", "part-0.safetensors", "part-1.safetensors", "old.safetensors"):
+            (repository / name).unlink()
+        tiny.write_model(repository, "olmoe")
+    seen, truth = open_model("org/name"), Checkpoint.open(repository)
+    assert seen.names() == truth.names()
+    assert [seen.info(name) for name in seen.names()] == [truth.info(name) for name in truth.names()]
+    assert seen.header_digest() == truth.header_digest()
+    whole = {name for name in hub if " bytes of " not in name and name != STATE}
+    assert whole == {name for name in NEEDED if "part" not in name and (shards == 2 or "index" not in name)}
+    parts = [int(name.split()[0]) for name in hub if " bytes of " in name]
+    assert 0 < sum(parts) < 0.2 * truth.total_bytes
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        seen.read(seen.names()[0])
+
+
+def test_shards_in_the_cache_are_looked_at_there(hub, monkeypatch):
+    directory = resolve_model("org/name")
+    hub.clear()
+    assert open_model("org/name").header_digest() == Checkpoint.open(directory).header_digest()
+    assert hub == [STATE]
+    (directory / "part-1.safetensors").unlink()
+    assert open_model("org/name").header_digest()
+    assert {name.split()[-1] for name in hub} == {"newest", "part-1.safetensors"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "part-1.safetensors" in error_of(open_model, "org/name").what
+
+
+def test_looking_says_what_fetching_says(hub, repository, monkeypatch):
+    for path in (str(repository / "config.json"), "just-a-name", "org/other"):
+        assert error_of(open_model, path).lines() == error_of(resolve_model, path).lines()
+    (repository / "part-1.safetensors").write_bytes(b"short")
+    assert "part-1.safetensors is no valid safetensors file" in error_of(open_model, "org/name").what
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "Connect" in error_of(open_model, "org/name").what
+
+
+@pytest.mark.parametrize("verb", ["inspect", "plan", "quantize"])
+def test_commands_that_only_look_fetch_no_weights(hub, monkeypatch, verb):
+    monkeypatch.setattr("alphaquant.checkpoint.hub._BLOCK_BYTES", 512)
+    plan = [] if verb == "inspect" else ["--scheme", "int4:g32"]
+    plan += ["--dry-run", "-o", "OUT"] if verb == "quantize" else []
+    done = CliRunner().invoke(app, [verb, "org/name", *plan])
+    assert done.exit_code == 0, done.output
+    assert {"part-0.safetensors", "part-1.safetensors"} & set(hub) == set()
+    assert any(name.endswith(" bytes of part-1.safetensors") for name in hub)
 
 
 def repository_without_others(repository: Path) -> Path:

@@ -58,6 +58,7 @@ def test_routing_is_that_of_transformers(family, text, tmp_path):
         assert record.effective_samples == pytest.approx(effective, rel=1e-4)
         shares = [count / sum(counts) for count in counts]
         assert facts["entropy"] == pytest.approx(-sum(p * math.log(p) for p in shares if p) / math.log(8))
+        assert facts["expert_entropy"] == pytest.approx([-p * math.log(p or 1) / math.log(8) for p in shares])
         assert facts["coverage"] == pytest.approx([value / 64 for value in effective], rel=1e-4)
         assert facts["covered"] == sum(value >= 64 for value in effective) / 8
         assert 0 < facts["covered"] < 1, "the test sees both kinds"
@@ -90,6 +91,8 @@ def test_starved_and_dead_experts_are_told_apart():
     assert record.load == [0.0, 1.0, 0.24, 2.76]
     assert RoutingRecord([25, 100, 99, 176], [0.0] * 4, [0.0] * 4).starved == [], "a quarter is not less than a quarter"
     assert RoutingRecord([5] * 4, [1.0] * 4, [1.0] * 4).entropy == pytest.approx(1)
+    assert RoutingRecord([5] * 4, [1.0] * 4, [1.0] * 4).expert_entropy == pytest.approx([0.25] * 4)
+    assert RoutingRecord([7], [1.0], [1.0]).entropy == 1, "of one expert, as of a shared one, the load is even"
     assert RoutingRecord([5, 0, 0, 0], [1.0] * 4, [1.0] * 4).entropy == 0
     nothing = RoutingRecord([0, 0], [0.0] * 2, [0.0] * 2)
     assert (nothing.dead, nothing.starved, nothing.entropy) == ([0, 1], [], 0)

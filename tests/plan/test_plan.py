@@ -316,6 +316,8 @@ def test_another_family_s_pattern_is_a_warning(pattern):
         ("lm_haed", "matches no module", '"lm_head"'),
         ("mlp.gate", "matches no module", '"*.mlp.gate"'),
         ("*.LM_HEAD", "matches no module", "compare it with the names"),
+        ("model.*.up_proj", "matches no module", "write model.**.up_proj"),
+        ("*.layers.*.mlp.*.*.*.up_proj", "matches no module", "write *.layers.**.mlp.**.up_proj"),
     ],
 )
 def test_a_pattern_no_family_knows_is_an_error(pattern, what, remedy):
@@ -324,6 +326,12 @@ def test_a_pattern_no_family_knows_is_an_error(pattern, what, remedy):
     assert what in error.what
     assert error.where == "overrides[0].pattern"
     assert remedy in error.remedy
+
+
+def test_a_star_that_was_meant_for_several_segments_is_told():
+    plan = Plan.from_dict({"overrides": [{"pattern": "*.layers.1.*.up_proj", "wq": "int8"}]})
+    (warning,) = plan.resolve(olmoe()).warnings
+    assert warning.endswith("it does nothing; *.layers.1.**.up_proj would")
 
 
 def test_a_layer_of_this_model_counts_for_other_families():

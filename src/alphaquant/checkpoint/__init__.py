@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alphaquant.checkpoint.blocks import BlockScaled, unquantized
-from alphaquant.checkpoint.hub import SIDE_FILES, resolve_model
+from alphaquant.checkpoint.hub import SIDE_FILES, open_model, resolve_model
 from alphaquant.checkpoint.reader import Checkpoint, read_safetensors
 from alphaquant.checkpoint.shard import TensorInfo
 from alphaquant.checkpoint.writer import (
@@ -22,6 +22,7 @@ __all__ = [
     "Checkpoint",
     "ShardInfo",
     "TensorInfo",
+    "open_model",
     "read_safetensors",
     "resolve_model",
     "sync_directory",

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from alphaquant.checkpoint.reader import INDEX, read_weight_map
-from alphaquant.checkpoint.shard import unreadable
+from alphaquant.checkpoint.reader import INDEX, Checkpoint, read_weight_map
+from alphaquant.checkpoint.shard import read_header, unreadable
 from alphaquant.errors import CheckpointError
 
-__all__ = ["SIDE_FILES", "resolve_model"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from alphaquant.checkpoint.shard import Shard
+
+__all__ = ["SIDE_FILES", "open_model", "resolve_model"]
+
+_T = TypeVar("_T")
 
 SIDE_FILES = (
     "generation_config.json",
@@ -28,6 +38,8 @@ SIDE_FILES = (
 _CODE = "configuration_*.py"  # never run here: engines that serve the result ask for it
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Subfolders hold other formats of the same weights, and so do Mistral's consolidated files.
+_CONNECTIONS = 8
+_BLOCK_BYTES = 1 << 17  # fetched at once: most headers are smaller
 _OTHER_WEIGHTS = ("*/*", "consolidated*", "adapter_model*")
 
 
@@ -39,6 +51,27 @@ def resolve_model(path_or_id: str | Path) -> Path:
 
     Raises:
         CheckpointError: there is no such directory, and it is no hub id or cannot be fetched.
+    """
+    return _local(path_or_id) or _from_hub(str(path_or_id), _fetch)
+
+
+def open_model(path_or_id: str | Path) -> Checkpoint:
+    """A model to be looked at: of a hub id whose shards are not in the cache, their headers alone are fetched.
+
+    Names, types and shapes of all tensors are then known, and none can be read.
+
+    Raises:
+        CheckpointError: as `resolve_model` and `Checkpoint.open` raise it.
+    """
+    directory = _local(path_or_id)
+    return Checkpoint.open(directory) if directory is not None else _from_hub(str(path_or_id), _look)
+
+
+def _local(path_or_id: str | Path) -> Path | None:
+    """The directory, if there is one; None for a hub id.
+
+    Raises:
+        CheckpointError: it is neither.
     """
     path = Path(path_or_id).expanduser()
     try:
@@ -53,15 +86,18 @@ def resolve_model(path_or_id: str | Path) -> Path:
             where=str(path),
             remedy="give the directory that holds config.json and the *.safetensors",
         )
-    hub_id = str(path_or_id)
-    if not _HUB_ID.fullmatch(hub_id):
+    if not _HUB_ID.fullmatch(str(path_or_id)):
         raise CheckpointError(
-            f"no model directory {hub_id!r}",
+            f"no model directory {str(path_or_id)!r}",
             where=str(path),
             remedy="give an existing directory, or a hub id such as org/name",
         )
+    return None
+
+
+def _from_hub(hub_id: str, how: Callable[[str], _T]) -> _T:
     try:
-        return _fetch(hub_id)
+        return how(hub_id)
     except CheckpointError:
         raise
     except Exception as error:  # offline, gated, missing, disk full: the remedy is the same
@@ -72,13 +108,50 @@ def resolve_model(path_or_id: str | Path) -> Path:
         ) from error
 
 
-def _fetch(hub_id: str) -> Path:
-    """The snapshot in the hub's cache, with all that is needed of it."""
+def _described(hub_id: str) -> tuple[Path, list[str] | None]:
+    """The snapshot in the hub's cache with all but the weights, and the shards that its index names, if it has one."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow to import; not needed for a local model)
 
     directory = Path(snapshot_download(hub_id, allow_patterns=["config.json", INDEX, *SIDE_FILES, _CODE]))
     index = directory / INDEX
-    shards = sorted(set(read_weight_map(index).values())) if index.is_file() else ["*.safetensors"]
+    return directory, sorted(set(read_weight_map(index).values())) if index.is_file() else None
+
+
+def _fetch(hub_id: str) -> Path:
+    """The snapshot in the hub's cache, with all that is needed of it."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415
+
+    directory, shards = _described(hub_id)
     # by the commit that was found: weights and configuration are of one state even if the hub changes in between
-    snapshot_download(hub_id, revision=directory.name, allow_patterns=shards, ignore_patterns=list(_OTHER_WEIGHTS))
+    snapshot_download(
+        hub_id,
+        revision=directory.name,
+        allow_patterns=["*.safetensors"] if shards is None else shards,
+        ignore_patterns=list(_OTHER_WEIGHTS),
+    )
     return directory
+
+
+def _look(hub_id: str) -> Checkpoint:
+    """The checkpoint, from the cache as far as it holds shards, and from headers for the others."""
+    from huggingface_hub import HfFileSystem  # noqa: PLC0415
+
+    directory, shards = _described(hub_id)
+    if shards is None and any(directory.glob("*.safetensors")):
+        return Checkpoint.open(directory)
+    hub, at = HfFileSystem(), f"{hub_id}@{directory.name}"
+    if shards is None:
+        found = (str(path).rpartition("/")[2] for path in hub.ls(at, detail=False))
+        shards = [name for name in found if name.endswith(".safetensors") and not _is_other(name)]
+
+    def header(name: str) -> Shard:
+        with hub.open(f"{at}/{name}", block_size=_BLOCK_BYTES) as file:
+            return read_header(file, file.size, directory / name)
+
+    missing = [name for name in shards if not (directory / name).is_file()]
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        return Checkpoint.open(directory, dict(zip(missing, pool.map(header, missing), strict=True)))
+
+
+def _is_other(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in _OTHER_WEIGHTS)

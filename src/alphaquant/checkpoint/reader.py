@@ -8,6 +8,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from alphaquant.checkpoint.shard import (
@@ -24,12 +25,15 @@ from alphaquant.checkpoint.shard import (
 from alphaquant.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
 
 __all__ = ["INDEX", "Checkpoint", "read_safetensors", "read_weight_map"]
 
 INDEX = "model.safetensors.index.json"
 
+_NONE: Mapping[str, Shard] = MappingProxyType({})
 _MAX_CONFIG_BYTES = 10_000_000
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # pages of each shard that tell two models apart
 
@@ -49,20 +53,24 @@ class Checkpoint:
         self._digest = digest
 
     @classmethod
-    def open(cls, path: str | Path) -> Checkpoint:
+    def open(cls, path: str | Path, elsewhere: Mapping[str, Shard] = _NONE) -> Checkpoint:
         """Open a directory and check config.json, the index and the header of each shard.
+
+        Args:
+            path: the directory.
+            elsewhere: shards by file name that are not in it, and whose headers are known: nothing of them is read.
 
         Raises:
             CheckpointError: the directory, its config, its index or a shard is missing or broken, or the weights
                 are pickled.
         """
         try:
-            return cls._open(Path(path))
+            return cls._open(Path(path), elsewhere)
         except OSError as error:  # a directory that may not be searched
             raise unreadable(Path(path), error) from error
 
     @classmethod
-    def _open(cls, directory: Path) -> Checkpoint:
+    def _open(cls, directory: Path, elsewhere: Mapping[str, Shard]) -> Checkpoint:
         if not directory.is_dir():
             what = "the checkpoint is not a directory" if directory.exists() else "the checkpoint does not exist"
             raise CheckpointError(
@@ -76,7 +84,7 @@ class Checkpoint:
                 remedy="give a directory that save_pretrained wrote, or copy the model's config.json to it",
             )
         config, config_bytes = _read_json_object(config_path, _MAX_CONFIG_BYTES)
-        shards, slots = _load_weights(directory)
+        shards, slots = _load_weights(directory, elsewhere)
         identity = [
             hashlib.sha256(config_bytes).hexdigest(),
             [[shard.path.name, shard.num_bytes, shard.header_sha256] for shard in shards],
@@ -184,15 +192,15 @@ def _sample(path: Path) -> bytes:
         raise unreadable(path, error) from error
 
 
-def _load_weights(directory: Path) -> tuple[list[Shard], dict[str, Slot]]:
+def _load_weights(directory: Path, elsewhere: Mapping[str, Shard]) -> tuple[list[Shard], dict[str, Slot]]:
     index = directory / INDEX
     if index.is_file():
-        return _load_indexed(index)
+        return _load_indexed(index, elsewhere)
     single = directory / "model.safetensors"
     paths = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-    if not paths:
+    if not paths and not elsewhere:
         raise _no_weights(directory)
-    shards = [load_shard(_inside(path)) for path in paths]
+    shards = [*(load_shard(_inside(path)) for path in paths), *elsewhere.values()]
     slots: dict[str, Slot] = {}
     for shard in shards:
         for name, slot in shard.slots.items():
@@ -227,10 +235,10 @@ def read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _load_indexed(index: Path) -> tuple[list[Shard], dict[str, Slot]]:
+def _load_indexed(index: Path, elsewhere: Mapping[str, Shard]) -> tuple[list[Shard], dict[str, Slot]]:
     weight_map = read_weight_map(index)
-    shards: dict[str, Shard] = {}
-    for file in sorted(set(weight_map.values())):
+    shards = dict(elsewhere)
+    for file in sorted(set(weight_map.values()) - elsewhere.keys()):
         if not (index.parent / file).is_file():
             raise CheckpointError(
                 f"the index names the shard {file!r}, which is not there",

@@ -23,6 +23,7 @@ from alphaquant.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from typing import BinaryIO
 
 __all__ = [
     "CHUNK_BYTES",
@@ -34,6 +35,7 @@ __all__ = [
     "TensorInfo",
     "iter_chunks",
     "load_shard",
+    "read_header",
     "read_into",
     "read_slot",
     "unreadable",
@@ -117,14 +119,22 @@ def load_shard(path: Path) -> Shard:
     """
     try:
         with path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            length_field = file.read(8)
-            length = int.from_bytes(length_field, "little")
-            if len(length_field) < 8 or length > min(MAX_HEADER_BYTES, num_bytes - 8):
-                raise _broken(path, f"a header of {length} bytes is announced in a file of {num_bytes}")
-            header = file.read(length)
+            return read_header(file, os.fstat(file.fileno()).st_size, path)
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def read_header(file: BinaryIO, num_bytes: int, path: Path) -> Shard:
+    """Read and check the header that a file of `num_bytes` begins with; `path` is where its tensors are, or would be.
+
+    Raises:
+        CheckpointError: the file is cut, or its header is wrong in any way.
+    """
+    length_field = file.read(8)
+    length = int.from_bytes(length_field, "little")
+    if len(length_field) < 8 or length > min(MAX_HEADER_BYTES, num_bytes - 8):
+        raise _broken(path, f"a header of {length} bytes is announced in a file of {num_bytes}")
+    header = file.read(length)
     if len(header) < length:
         raise _broken(path, f"the file ends inside its header, after {len(header)} of {length} bytes")
     try:

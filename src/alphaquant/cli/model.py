@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from alphaquant.checkpoint import resolve_model, write_json
+from alphaquant.checkpoint import open_model, resolve_model, write_json
 from alphaquant.cli.options import (
     ConfigOpt,
     DeviceOpt,
@@ -69,7 +69,9 @@ def inspect(
         ):  # fmt: skip
             if given is not None:
                 raise ConfigError(f"{option} was given without --routing", remedy="add --routing")
-    prepared = prepare(resolve_model(model), plan_from(config, scheme, default="bf16"))
+    prepared = prepare(
+        resolve_model(model) if routing else open_model(model), plan_from(config, scheme, default="bf16")
+    )
     if routing:
         defaults = Calibration()
         calibration = Calibration(

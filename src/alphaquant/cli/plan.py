@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from alphaquant.allocation import Means, frontier, propose
-from alphaquant.checkpoint import resolve_model, write_json, write_text
+from alphaquant.checkpoint import open_model, resolve_model, write_json, write_text
 from alphaquant.cli.allocation import (
     BitsOpt,
     CeilingOpt,
@@ -125,7 +125,8 @@ def plan(
     refuse_with(request, {"--scheme": scheme is not None, "--legalize": legalize})
     if output is not None:
         check_single_file(output, overwrite=overwrite)
-    prepared = prepare(resolve_model(model), base_plan(request, config, scheme))
+    found = open_model(model) if request is None else resolve_model(model)
+    prepared = prepare(found, base_plan(request, config, scheme))
     changes: tuple[str, ...] = ()
     proposal: Proposal | None = None
     if request is not None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from alphaquant.allocation import Means, propose
-from alphaquant.checkpoint import resolve_model
+from alphaquant.checkpoint import open_model, resolve_model
 from alphaquant.cli.allocation import (
     BitsOpt,
     FormatsOpt,
@@ -136,7 +136,7 @@ def quantize(
         bits, size, validate=validate, formats=formats, table=table, serving=serving, layout=layout_name, seed=seed
     )
     refuse_with(request, {"--scheme": scheme is not None, "--legalize": legalize, "--dry-run": dry_run})
-    prepared = prepare(resolve_model(model), base_plan(request, config, scheme))
+    prepared = prepare(open_model(model) if dry_run else resolve_model(model), base_plan(request, config, scheme))
     target = _output_directory(output, save, prepared, overwrite=overwrite)
     recipe = Recipe(method=method, effort=effort, routing_power=routing_weight, backend=kernels)
     calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed, balance)

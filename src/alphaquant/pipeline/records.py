@@ -89,11 +89,13 @@ class RoutingRecord:
     @property
     def entropy(self) -> float:
         """Shannon entropy of the rows over the experts, relative to that of an even load: 1 where all see as many."""
-        total, entropy = sum(self.tokens), 0.0
-        for count in self.tokens:
-            if count:
-                entropy -= count / total * math.log(count / total)
-        return entropy / math.log(len(self.tokens)) if len(self.tokens) > 1 else 1.0
+        return sum(self.expert_entropy) if len(self.tokens) > 1 else 1.0
+
+    @property
+    def expert_entropy(self) -> list[float]:
+        """What each expert adds to `entropy`: `-p ln p / ln E` of its share p of the rows; none where it has none."""
+        total, unit = sum(self.tokens), math.log(max(len(self.tokens), 2))
+        return [-count / total * math.log(count / total) / unit if count else 0.0 for count in self.tokens]
 
     @property
     def dead(self) -> list[int]:

@@ -59,6 +59,7 @@ class LayerRouting:
             "starved": self.record.starved,
             "dead": self.record.dead,
             **facts,
+            "expert_entropy": self.record.expert_entropy,
             "coverage": self.coverage,
             "shared_gate": None
             if shared is None

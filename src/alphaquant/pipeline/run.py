@@ -104,15 +104,15 @@ class QuantizeResult:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def prepare(model: Path, plan: Plan) -> Prepared:
-    """Open a checkpoint and resolve a plan on it.
+def prepare(model: Path | Checkpoint, plan: Plan) -> Prepared:
+    """Open a checkpoint, where it is not open yet, and resolve a plan on it.
 
     Raises:
         CheckpointError, ConfigError, PlanError: what is wrong, before anything is computed.
     """
-    checkpoint = Checkpoint.open(model)
+    checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     floats = unquantized(checkpoint)
-    spec = detect(checkpoint.config, str(model / "config.json"))
+    spec = detect(checkpoint.config, str(checkpoint.path / "config.json"))
     source = logical(floats, spec)
     return Prepared(checkpoint, source, spec, plan, resolve_plan(plan, spec))
 
