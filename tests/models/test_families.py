@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F  # noqa: N812
 
+from alphaquant.calibration import calibration_tokens, load_tokenizer
 from alphaquant.checkpoint import Checkpoint
 from alphaquant.errors import CheckpointError, ConfigError
 from alphaquant.formats import dequantize
+from alphaquant.gptq import GPTQConfig, detect_moe_architecture, gptq_quantize_model
 from alphaquant.layouts import QuantizedCheckpoint
 from alphaquant.models import (
     FAMILIES,
@@ -33,6 +35,7 @@ from alphaquant.pipeline import load
 from alphaquant.pipeline.collect import Collector, Reading
 from alphaquant.plan import ModuleKind
 from alphaquant.solver import Effort, Recipe
+from api.test_gptq import ARCHITECTURES
 from pipeline import tiny as runs
 
 from . import deepseek_reference, tiny
@@ -373,6 +376,28 @@ def test_quantized_end_to_end(get: Callable[[str], Made], tmp_path: Path, text: 
     truth = witness(tensors | replaced, config, ids, tmp_path / "witness")
     assert error(found, truth) < 1e-3
     assert error(found, made.tiny.ours().logits(ids)) > 1e-2
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - ARCHITECTURES.keys()))
+def test_in_memory_as_from_disk(get: Callable[[str], Made], tmp_path: Path, text: Path, family: str) -> None:
+    """As tests/api has it of other families: the command's codes, bit for bit; then what they stand for is computed."""
+    made, ids, plan = get(family), tiny.token_ids(2, 9, vocab_size=128), plans()["served"]
+    recipe = GPTQConfig(effort=Effort.FAST)
+    runs.quantize(made.path, tmp_path / "out", plan, text, recipe=recipe, num_samples=8)
+    stored, model = QuantizedCheckpoint.open(tmp_path / "out"), type(made.theirs).from_pretrained(made.path).eval()
+    model.requires_grad_(requires_grad=False)
+    tokens = calibration_tokens(
+        str(text), load_tokenizer(made.path), num_samples=8, seqlen=32, seed=0, vocab_size=128
+    ).ids
+    assert detect_moe_architecture(model) == FAMILIES[family].architecture
+    found = gptq_quantize_model(model, tokens.split(3), plan, recipe, "cpu")
+    assert list(found) == [name for name in stored.modules if name in found]
+    assert found.keys() == stored.modules.keys()
+    for name, ours in found.items():
+        theirs = stored.read_quantized(name)
+        assert ours.codes.equal(theirs.codes), name
+        assert dequantize(ours).equal(dequantize(theirs)), name
+    assert error(model(ids).logits, load(tmp_path / "out").logits(ids)) < 1e-4
 
 
 def test_records_of_a_gated_shared_expert_count_its_gate(
