@@ -54,11 +54,16 @@ def report(
         typer.Option("-o", "--output", help="Where to write.", show_default="OUT/alphaquant; of several: here"),
     ] = None,
     quality: Annotated[list[Path] | None, typer.Option(help="JSON of `eval --json` to show; may be repeated.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Costs that `plan --table` wrote: draws the frontier of sizes, and α.")
+    ] = None,
     as_json: JsonOpt = False,
 ) -> None:
     """Draw what a run did: report.html and report.md; of several runs comparison.html and comparison.md."""
     if len(directories) == 1:
-        written = write_report(directories[0], output, quality or [])
+        written = write_report(directories[0], output, quality or [], table=table)
+    elif table is not None:
+        raise OutputError("--table with several directories", remedy="draw them one by one")
     elif quality:
         raise OutputError(
             "--quality with several directories: whose is it?",

@@ -17,7 +17,7 @@ from alphaquant.pipeline.rundir import FOLDER
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["QualityRow", "Run", "RunReport", "read_quality", "read_run"]
+__all__ = ["QualityRow", "Run", "RunReport", "Table", "TableRow", "read_quality", "read_run", "read_table"]
 
 _VERSION = 1
 _T = TypeVar("_T")
@@ -211,6 +211,41 @@ def read_quality(paths: Sequence[Path]) -> list[QualityRow]:
         measured = _check(_read_json(path, remedy, allow_nan=True), TypeAdapter(Measured), path, remedy)
         rows.append(QualityRow(measured.weights or path.stem.encode(errors="replace").decode(), measured))
     return rows
+
+
+class TableRow(_Part):
+    """A module of an error table: by candidate the bits it takes and the cost it has; None where one does not fit."""
+
+    name: str
+    kind: str
+    num_weights: int = Field(gt=0)
+    bits: list[int | None]
+    cost: list[float | None]
+    facts: dict[str, float] = {}
+
+
+class Table(_Part):
+    """What `plan --table` wrote."""
+
+    method: str
+    checkpoint: str
+    candidates: list[str]
+    rows: list[TableRow]
+
+
+def read_table(path: Path, run: Run) -> Table:
+    """Read an error table of the model that a run quantized.
+
+    Raises:
+        CheckpointError: it is missing, malformed, or of another checkpoint.
+    """
+    remedy = "give the file that `alphaquant plan --table` wrote for this model"
+    table = _check(_read_json(path, remedy), TypeAdapter(Table), path, remedy)
+    if table.checkpoint != run.report.model.digest:
+        raise CheckpointError("the table is of another checkpoint than the run", where=str(path), remedy=remedy)
+    if any(len(row.bits) != len(table.candidates) or len(row.cost) != len(row.bits) for row in table.rows):
+        raise CheckpointError("rows and candidates differ in length", where=str(path), remedy=remedy)
+    return table
 
 
 def _read_json(path: Path, remedy: str, *, allow_nan: bool = False) -> Any:

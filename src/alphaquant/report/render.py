@@ -12,31 +12,35 @@ from alphaquant.checkpoint import write_text
 from alphaquant.errors import OutputError
 from alphaquant.pipeline.quality import QUALITY
 from alphaquant.pipeline.rundir import FOLDER
+from alphaquant.report.budget import alpha_map, frontier
 from alphaquant.report.charts import event_rows, phases, quality_chart, remarks, serve, total_seconds
 from alphaquant.report.compare import comparison
 from alphaquant.report.experts import expert_scatter, experts, router_chart
 from alphaquant.report.maps import layer_maps
-from alphaquant.report.read import read_quality, read_run
+from alphaquant.report.read import read_quality, read_run, read_table
 from alphaquant.report.text import FILTERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from alphaquant.report.read import QualityRow, Run
+    from alphaquant.report.read import QualityRow, Run, Table
 
 __all__ = ["write_comparison", "write_page", "write_report"]
 
 _MAX_EVENT_ROWS = 500
 
 
-def write_report(directory: Path, output: Path | None = None, quality: Sequence[Path] = ()) -> list[Path]:
+def write_report(
+    directory: Path, output: Path | None = None, quality: Sequence[Path] = (), *, table: Path | None = None
+) -> list[Path]:
     """Write report.html and report.md of a run.
 
     Args:
         directory: what `quantize` made; measurements that `eval` left there are shown.
         output: directory to write to, made where it is missing; None: the run's own folder of notes.
         quality: more files of `eval --json` to show.
+        table: costs that `plan --table` wrote: the frontier of size and cost is drawn, and α where it was computed.
 
     Returns:
         The two files.
@@ -46,7 +50,8 @@ def write_report(directory: Path, output: Path | None = None, quality: Sequence[
         OutputError: the output cannot be written.
     """
     run = read_run(directory)
-    context = _context(run, read_quality([*_kept(directory), *quality]))
+    costs = None if table is None else read_table(table, run)
+    context = _context(run, read_quality([*_kept(directory), *quality]), costs)
     return _write("report", context, directory / FOLDER if output is None else output)
 
 
@@ -72,7 +77,7 @@ def _kept(directory: Path) -> list[Path]:
     return sorted((directory / FOLDER / QUALITY).glob("*.json"), key=lambda path: path.stem)
 
 
-def _context(run: Run, quality: list[QualityRow]) -> dict[str, Any]:
+def _context(run: Run, quality: list[QualityRow], table: Table | None) -> dict[str, Any]:
     used = experts(run.layers)
     rows, reasons = event_rows(run.report)
     seconds = run.report.seconds
@@ -90,6 +95,9 @@ def _context(run: Run, quality: list[QualityRow]) -> dict[str, Any]:
         "experts": used,
         "scatter": expert_scatter(run.layers),
         "routers": router_chart(quality),
+        "table": table,
+        "frontier": None if table is None else frontier(table, run),
+        "alphas": None if table is None else alpha_map(table),
         "phases": phases(seconds, run.report.memory),
         "total_seconds": total_seconds(seconds),
         "reasons": reasons,
