@@ -7,6 +7,7 @@ a model in memory, and `alphaquant.gptq` quantizes one there. The rooms whose na
 
 from importlib.metadata import version
 
+from alphaquant.allocation import Search
 from alphaquant.api import PlannedModel, evaluate, export, plan, quantize, report
 from alphaquant.errors import AlphaQuantError
 from alphaquant.gptq import GPTQConfig
@@ -20,6 +21,7 @@ __all__ = [
     "GPTQConfig",
     "Plan",
     "PlannedModel",
+    "Search",
     "Serving",
     "__version__",
     "evaluate",

@@ -26,6 +26,7 @@ FACE = [
     "GPTQConfig",
     "Plan",
     "PlannedModel",
+    "Search",
     "Serving",
     "__version__",
     "evaluate",
@@ -89,14 +90,19 @@ def test_defaults_are_those_of_the_command():
     }.items():
         assert option("quantize", name) == ours, name
     for verb, function, names in (
-        ("quantize", alphaquant.quantize, ("device", "dtype", "overwrite", "fresh", "legalize")),
+        (
+            "quantize",
+            alphaquant.quantize,
+            ("bits", "size", "device", "dtype", "overwrite", "fresh", "legalize", "strict"),
+        ),
         ("eval", alphaquant.evaluate, ("data", "seqlen", "windows", "against", "device", "dtype")),
-        ("plan", alphaquant.plan, ("legalize",)),
+        ("plan", alphaquant.plan, ("bits", "size", "max_kl", "legalize", "device", "dtype")),
+        ("report", alphaquant.report, ("table",)),
         ("export", alphaquant.export, ("overwrite",)),
     ):
         parameters = inspect.signature(function).parameters
         for name in names:
-            assert option(verb, f"--{name}") == parameters[name].default, (verb, name)
+            assert option(verb, f"--{name.replace('_', '-')}") == parameters[name].default, (verb, name)
 
 
 def test_rooms_behind_verbs_can_be_imported():
@@ -173,6 +179,43 @@ def test_an_engine_is_asked(olmoe, text, tmp_path):
     assert result.report["engines"]["vllm"] == []
 
 
+def test_a_plan_for_a_budget(olmoe, text, tmp_path):
+    search = alphaquant.Search(formats="int2:g32,int3:g32,int4:g32,int8:g32", validate=0, table=tmp_path / "costs.json")
+    calibration = Calibration(str(text), num_samples=8, seqlen=32)
+    found = alphaquant.plan(olmoe, bits=3, search=search, calibration=calibration, serving="vllm", device="cpu")
+    assert found.violations == []
+    assert 2.9 < found.proposal["bits_per_weight"] <= 3
+    assert any("bits a weight by sensitivity" in line for line in found.changes)
+    options = {"calibration": calibration, "serving": "vllm", "device": "cpu"}
+    result = alphaquant.quantize(
+        olmoe, tmp_path / "out", bits=3, search=search, log_json=tmp_path / "log.jsonl", **options
+    )
+    assert result.report["sizes"]["bits_per_weight"] == pytest.approx(found.proposal["bits_per_weight"], abs=1e-6)
+    assert json.loads((tmp_path / "out/alphaquant/plan.json").read_text()) == json.loads(found.plan.to_json())
+    assert (tmp_path / "out/alphaquant/costs.json").read_text() == (tmp_path / "costs.json").read_text()
+    html, _ = alphaquant.report(tmp_path / "out")
+    assert "Size and predicted cost" in html.read_text()
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["event"] == "end"
+    # the plan that was found is one like any other
+    alphaquant.quantize(olmoe, tmp_path / "again", found.plan, **options)
+    for shard in sorted((tmp_path / "out").glob("*.safetensors")):
+        assert (tmp_path / "again" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_budgets_are_those_of_the_command(olmoe, tmp_path):
+    fixed = {"overrides": [{"pattern": "*.self_attn.*", "wq": "int8", "group_size": 32}]}
+    search = alphaquant.Search(
+        "alpha", "int2:g32,int3:g32,int4:g32", floors={"*.down_proj": 3}, ceilings={"*.up_proj": 3}
+    )
+    found = alphaquant.plan(olmoe, fixed, size="185kB", search=search)
+    schemes = {name: str(scheme) for name, scheme in found.resolved.schemes.items()}
+    assert {s for name, s in schemes.items() if ".self_attn." in name and name.endswith("_proj")} == {"int8 g32"}
+    assert {s for name, s in schemes.items() if name.endswith("down_proj")} <= {"int3 g32", "int4 g32"}
+    assert {s for name, s in schemes.items() if name.endswith("up_proj")} <= {"int2 g32", "int3 g32"}
+    assert 170_000 < sum(size.after_bytes for size in found.sizes) <= 185_000
+    assert alphaquant.plan(olmoe, fixed, size=185_000, search=search).plan == found.plan
+
+
 def test_evaluate_report_and_export(made, olmoe, text, tmp_path):
     out, _ = made
     quality = alphaquant.evaluate(str(out), data=str(text), seqlen=32, windows=4, against=str(olmoe), device="cpu")
@@ -203,6 +246,18 @@ def test_what_is_refused_leaves_nothing(made, olmoe, tmp_path):
         "there is no layout 'gptq2'": lambda: alphaquant.export(out, target, layout="gptq2"),
         "device 'tpu'": lambda: alphaquant.quantize(olmoe, target, "int4:g32", device="tpu"),
         "no model directory": lambda: alphaquant.quantize(tmp_path / "none", target, "int4:g32"),
+        "there is no plan": lambda: alphaquant.quantize(olmoe, target),
+        "bits and size were both given": lambda: alphaquant.quantize(olmoe, target, bits=3, size="1GiB"),
+        "without a budget": lambda: alphaquant.plan(olmoe, "int4:g32", search=alphaquant.Search()),
+        "legalize was given with a budget": lambda: alphaquant.plan(olmoe, bits=3, serving="vllm", legalize=True),
+        "bits is '3'": lambda: alphaquant.plan(olmoe, bits="3"),
+        "max_kl is True": lambda: alphaquant.plan(olmoe, max_kl=True),
+        "'4 bits' is no size": lambda: alphaquant.plan(olmoe, size="4 bits"),
+        "--bits 99 is no budget": lambda: alphaquant.quantize(olmoe, target, bits=99),
+        "config has no overrides": lambda: alphaquant.plan(olmoe, "int4:g32", bits=3),
+        "strategy is 'best'": lambda: alphaquant.plan(olmoe, bits=3, search=alphaquant.Search("best")),
+        "--max-kl was given with": lambda: alphaquant.plan(olmoe, max_kl=0.1, search=alphaquant.Search("alpha")),
+        "matches no module": lambda: alphaquant.plan(olmoe, bits=3, search=alphaquant.Search(floors={"*.qq": 3})),
         "unknown format 'int5'": lambda: alphaquant.plan(olmoe, "int5"),
         "lm_head": lambda: alphaquant.plan(olmoe, {"lm_head": "int4:g32"}),
         "config is a int": lambda: alphaquant.plan(olmoe, 4),
@@ -212,6 +267,7 @@ def test_what_is_refused_leaves_nothing(made, olmoe, tmp_path):
         "already exists": lambda: alphaquant.export(out, tmp_path / "there.pt"),
         "no directory": alphaquant.report,
         "whose are they": lambda: alphaquant.report(out, out, quality=[out / "x.json"]),
+        "a table with several": lambda: alphaquant.report(out, out, table=out / "x.json"),
         "is not a directory that alphaquant made": lambda: alphaquant.report(olmoe),
     }
     for message, call in calls.items():

@@ -104,6 +104,13 @@ def test_quantize_finds_the_plan_itself(works, fails, olmoe, calib, tmp_path):
     result = works("quantize", olmoe, *budget, "-o", tmp_path / "out", "--engine", "vllm")
     assert "3.0" in result.out or "2.9" in result.out
     assert "bits a weight by sensitivity" in result.err
+    assert json.loads((tmp_path / "out/alphaquant/costs.json").read_text()) == json.loads(table.read_text())
+    works("report", tmp_path / "out")
+    assert "Size and predicted cost" in (tmp_path / "out/alphaquant/report.html").read_text()
+    works("plan", olmoe, "--bits", 3, *ALPHA, "--table", tmp_path / "alpha.json")
+    works("report", tmp_path / "out", "--table", tmp_path / "alpha.json")
+    assert "α of the spectra" in (tmp_path / "out/alphaquant/report.html").read_text()
+    fails("report", tmp_path / "out", tmp_path / "out", "--table", table, says=("--table with several directories",))
     report = json.loads((tmp_path / "out/alphaquant/report.json").read_text())
     assert 2.9 < report["sizes"]["bits_per_weight"] <= 3
     works("plan", olmoe, *budget, "--engine", "vllm", "-o", plan)

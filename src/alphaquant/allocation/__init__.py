@@ -5,7 +5,7 @@ from alphaquant.allocation.candidates import Candidate, parse_candidates
 from alphaquant.allocation.estimate import Means, Strategy, error_table
 from alphaquant.allocation.problem import Assignment
 from alphaquant.allocation.propose import Limits, Proposer
-from alphaquant.allocation.request import Frontier, Point, Proposal, Request, frontier, propose
+from alphaquant.allocation.request import Frontier, Point, Proposal, Request, Search, frontier, propose, to_fill
 from alphaquant.allocation.table import ErrorTable, Row
 
 __all__ = [
@@ -21,9 +21,11 @@ __all__ = [
     "Proposer",
     "Request",
     "Row",
+    "Search",
     "Strategy",
     "error_table",
     "frontier",
     "parse_candidates",
     "propose",
+    "to_fill",
 ]

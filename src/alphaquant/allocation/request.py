@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alphaquant.allocation.candidates import parse_candidates
 from alphaquant.allocation.estimate import Strategy, error_table
-from alphaquant.allocation.propose import Proposer
+from alphaquant.allocation.propose import Limits, Proposer
 from alphaquant.allocation.trial import try_plans
 from alphaquant.calibration import evaluation_windows, is_tokenised, load_tokenizer
-from alphaquant.errors import PlanError
+from alphaquant.errors import ConfigError, PlanError
+from alphaquant.pipeline import check_writable
 from alphaquant.pipeline.quality import quality_facts
 from alphaquant.pipeline.run import draw_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from alphaquant.allocation.budget import Budget
     from alphaquant.allocation.estimate import Means
     from alphaquant.allocation.problem import Assignment
-    from alphaquant.allocation.propose import Limits
+    from alphaquant.allocation.table import ErrorTable
     from alphaquant.evaluation import Quality
     from alphaquant.pipeline import Prepared, Serving
+    from alphaquant.plan import Plan
 
-__all__ = ["Frontier", "Point", "Proposal", "Request", "frontier", "propose"]
+__all__ = ["Frontier", "Point", "Proposal", "Request", "Search", "frontier", "propose", "to_fill"]
+
+_VALIDATE = 8
+_FORWARD = (Strategy.SENSITIVITY, Strategy.UTILIZATION)  # what can run the model can measure it
 
 _TRIAL_TOKENS = 16_384  # to calibrate a plan that is only tried out
 _TRIES = 5
@@ -62,12 +67,62 @@ class Request:
     seed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How a plan for a budget is found.
+
+    Attributes:
+        strategy: `sensitivity`, `alpha`, `utilization`, `uniform` or `random`.
+        formats: shorthand of the formats to choose from, with commas.
+        floors: least nominal bits of what a pattern matches; a later one wins.
+        ceilings: most nominal bits.
+        table: file of the costs of all modules: read where it exists, else written for the next time.
+        validate: held-out windows on which the plan and the uniform one are measured; 0: not at all; None: 8, and 0
+            for strategies without a forward pass.
+        held_out: text of these; None: the evaluation split of the calibration text.
+    """
+
+    strategy: Strategy | str = Strategy.SENSITIVITY
+    formats: str = "int2,int3,int4,int6,int8"
+    floors: Mapping[str, int] = field(default_factory=dict)
+    ceilings: Mapping[str, int] = field(default_factory=dict)
+    table: str | Path | None = None
+    validate: int | None = None
+    held_out: str | None = None
+
+    def request(
+        self, budget: Budget, *, serving: Serving | None, layout: str | None, seed: int, is_sweep: bool = False
+    ) -> Request:
+        """The request for a budget; a sweep of budgets is measured only where that is asked for.
+
+        Raises:
+            ConfigError: there is no such strategy, or it predicts no divergence, which the budget limits.
+            OutputError: the table cannot be written.
+        """
+        names = [strategy.value for strategy in Strategy]
+        if not isinstance(self.strategy, Strategy) and self.strategy not in names:
+            raise ConfigError(f"strategy is {self.strategy!r}", remedy=f"give one of {', '.join(names)}")
+        strategy = Strategy(self.strategy)
+        if budget.max_kl is not None and strategy is not Strategy.SENSITIVITY:
+            remedy = "leave --method out: only sensitivity predicts a divergence"
+            raise ConfigError(f"--max-kl was given with --method {strategy.value}", remedy=remedy)
+        table = None if self.table is None else Path(self.table)
+        if table is not None:
+            check_writable(table)
+        validate = self.validate
+        if validate is None:
+            validate = 0 if is_sweep or strategy not in _FORWARD else _VALIDATE
+        limits = Limits(tuple(self.floors.items()), tuple(self.ceilings.items()))
+        return Request(budget, strategy, self.formats, limits, table, validate, self.held_out, serving, layout, seed)
+
+
 class Proposal(NamedTuple):
-    """A model with the plan found for it; what is known of that plan, as JSON and in words."""
+    """A model with the plan found for it; what is known of that plan, as JSON and in words; all modules' costs."""
 
     prepared: Prepared
     facts: dict[str, Any]
     notes: tuple[str, ...]
+    table: ErrorTable
 
 
 class Point(NamedTuple):
@@ -91,6 +146,11 @@ class Frontier(NamedTuple):
         """Plain JSON."""
         points = [point._asdict() for point in self.points]
         return {"version": 1, "method": self.method, "knee": self.knee, "points": points}
+
+
+def to_fill(plan: Plan) -> Plan:
+    """A plan's overrides over a default that leaves every module: what a budget is to fill."""
+    return plan.model_copy(update={"default": plan.default.model_copy(update={"wq": "bf16"})})
 
 
 def propose(request: Request, prepared: Prepared, means: Means) -> Proposal:
@@ -119,7 +179,7 @@ def propose(request: Request, prepared: Prepared, means: Means) -> Proposal:
             chosen = uniform
             facts["method"] = Strategy.UNIFORM.value
             notes.append("the uniform plan measures better, so that is the one proposed")
-    return Proposal(proposer.proposal(chosen), facts, tuple(notes))
+    return Proposal(proposer.proposal(chosen), facts, tuple(notes), proposer.table)
 
 
 def frontier(request: Request, prepared: Prepared, means: Means, num_points: int = 12) -> Frontier:
@@ -188,7 +248,8 @@ def _within_kl(request: Request, proposer: Proposer, means: Means) -> Proposal:
     target, kept, notes = allowed, proposer.cheapest(allowed), []
     if not request.validate:
         notes.append("predicted only; --validate 8 measures it")
-        return Proposal(proposer.proposal(kept), _facts(request, proposer, kept), (_told(proposer, kept), *notes))
+        told = (_told(proposer, kept), *notes)
+        return Proposal(proposer.proposal(kept), _facts(request, proposer, kept), told, proposer.table)
     best: tuple[Assignment, Quality] | None = None
     for _ in range(_TRIES):
         tried = proposer.cheapest(target)
@@ -207,7 +268,7 @@ def _within_kl(request: Request, proposer: Proposer, means: Means) -> Proposal:
             remedy="give a larger one, or finer --formats",
         )
     facts = _facts(request, proposer, best[0]) | {"measured": quality_facts(best[1])}
-    return Proposal(proposer.proposal(best[0]), facts, (_told(proposer, best[0]), *notes))
+    return Proposal(proposer.proposal(best[0]), facts, (_told(proposer, best[0]), *notes), proposer.table)
 
 
 def _told(proposer: Proposer, chosen: Assignment) -> str:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alphaquant.allocation import Budget, Limits, Request, Strategy
+from alphaquant.allocation import Budget, Request, Search, Strategy, to_fill
 from alphaquant.cli.options import plan_from
 from alphaquant.errors import ConfigError, PlanError
-from alphaquant.pipeline import check_writable, parse_bytes
+from alphaquant.pipeline import parse_bytes
 
 if TYPE_CHECKING:
     from alphaquant.pipeline import Serving
@@ -32,16 +32,16 @@ __all__ = [
     "request_from",
 ]
 
-_FORMATS = "int2,int3,int4,int6,int8"
-_VALIDATE = 8
-_FORWARD = (Strategy.SENSITIVITY, Strategy.UTILIZATION)  # what can run the model can measure it
+_DEFAULT = Search()
 
 BitsOpt = Annotated[
     float | None, typer.Option(help="Find a plan of so many bits a weight, scales counted, of what can be quantized.")
 ]
 SizeOpt = Annotated[str | None, typer.Option(help="Find a plan whose tensors take so much: 4GiB, 800MB …")]
 StrategyOpt = Annotated[Strategy | None, typer.Option("--method", help="How to find it.", show_default="sensitivity")]
-FormatsOpt = Annotated[str | None, typer.Option(help="Formats to choose from, as in --scheme.", show_default=_FORMATS)]
+FormatsOpt = Annotated[
+    str | None, typer.Option(help="Formats to choose from, as in --scheme.", show_default=_DEFAULT.formats)
+]
 FloorOpt = Annotated[list[str] | None, typer.Option(help="PATTERN=BITS: at least so many; may be repeated.")]
 CeilingOpt = Annotated[list[str] | None, typer.Option(help="PATTERN=BITS: at most so many; may be repeated.")]
 ValidateOpt = Annotated[
@@ -49,7 +49,7 @@ ValidateOpt = Annotated[
     typer.Option(
         min=0,
         help="Held-out windows on which the plan and the uniform one are measured; 0: not.",
-        show_default=f"{_VALIDATE}; 0 for methods without a forward pass",
+        show_default="8; 0 for methods without a forward pass",
     ),
 ]
 HeldOutOpt = Annotated[str | None, typer.Option(help="Text for --validate; else the calibration text's other split.")]
@@ -94,34 +94,24 @@ def request_from(
             if value is not None:
                 raise ConfigError(f"{option} was given without a budget", remedy="add --bits 3.5, or --size 4GiB")
         return None
-    strategy = method or Strategy.SENSITIVITY
-    if max_kl is not None and strategy is not Strategy.SENSITIVITY:
-        remedy = "leave --method out: only sensitivity predicts a divergence"
-        raise ConfigError(f"--max-kl was given with --method {strategy.value}", remedy=remedy)
-    if table is not None:
-        check_writable(table)
-    if validate is None:
-        validate = 0 if is_frontier or strategy not in _FORWARD else _VALIDATE
-    return Request(
-        Budget(bits, None if size is None else parse_bytes(size, "--size"), max_kl),
-        strategy,
-        formats or _FORMATS,
-        Limits(_bounds("--floor", floors), _bounds("--ceiling", ceilings)),
+    search = Search(
+        method or _DEFAULT.strategy,
+        formats or _DEFAULT.formats,
+        _bounds("--floor", floors),
+        _bounds("--ceiling", ceilings),
         table,
         validate,
         held_out,
-        serving,
-        layout,
-        seed,
     )
+    budget = Budget(bits, None if size is None else parse_bytes(size, "--size"), max_kl)
+    return search.request(budget, serving=serving, layout=layout, seed=seed, is_sweep=is_frontier)
 
 
 def base_plan(request: Request | None, config: Path | None, scheme: str | None) -> Plan:
     """The plan of the options; for a budget the overrides of `--config`, over a default that leaves every module."""
     if request is None:
         return plan_from(config, scheme)
-    plan = plan_from(config, scheme, "bf16")
-    return plan.model_copy(update={"default": plan.default.model_copy(update={"wq": "bf16"})})
+    return to_fill(plan_from(config, scheme, "bf16"))
 
 
 def refuse_with(request: Request | None, given: dict[str, bool]) -> None:
@@ -134,11 +124,12 @@ def refuse_with(request: Request | None, given: dict[str, bool]) -> None:
             raise ConfigError(f"{option} was given with a budget", remedy=remedy)
 
 
-def _bounds(option: str, texts: list[str] | None) -> tuple[tuple[str, int], ...]:
-    found = []
+def _bounds(option: str, texts: list[str] | None) -> dict[str, int]:
+    found: dict[str, int] = {}
     for text in texts or ():
         parts = re.fullmatch(r"(.+)=([0-9]{1,2})", text)
         if parts is None:
             raise ConfigError(f"{option} {text!r} is no PATTERN=BITS", remedy=f"write {option} '*.self_attn.*=4'")
-        found.append((parts[1], int(parts[2])))
-    return tuple(found)
+        found.pop(parts[1], None)  # the last one of a pattern wins, from its own place
+        found[parts[1]] = int(parts[2])
+    return found

@@ -55,7 +55,10 @@ def report(
     ] = None,
     quality: Annotated[list[Path] | None, typer.Option(help="JSON of `eval --json` to show; may be repeated.")] = None,
     table: Annotated[
-        Path | None, typer.Option(help="Costs that `plan --table` wrote: draws the frontier of sizes, and α.")
+        Path | None,
+        typer.Option(
+            help="Costs that `plan --table` wrote: draws the frontier of sizes, and α.", show_default="those of the run"
+        ),
     ] = None,
     as_json: JsonOpt = False,
 ) -> None:

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,6 +54,7 @@ from alphaquant.pipeline import (
     foretell,
     join,
     json_log,
+    keep_costs,
     parse_bytes,
     plan_sizes,
     planned_layout,
@@ -64,6 +65,9 @@ from alphaquant.pipeline import (
 )
 from alphaquant.solver import Backend, Effort, Method, Recipe
 from alphaquant.terminal import out, print_forecast, print_notes, print_result, print_sizes, progress_bar
+
+if TYPE_CHECKING:
+    from alphaquant.allocation import ErrorTable
 
 __all__ = ["quantize"]
 
@@ -141,12 +145,13 @@ def quantize(
     recipe = Recipe(method=method, effort=effort, routing_power=routing_weight, backend=kernels)
     calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed, balance)
     changes: tuple[str, ...] = ()
+    costs: ErrorTable | None = None
     is_quiet = quiet or as_json or team.rank > 0
     if request is not None:
         with progress_bar("planning", quiet=is_quiet) as progress:
             means = Means(calibration, recipe, run_device, dtype.value, seed, progress)
             found = propose(request, prepared, means)
-        prepared, changes = found.prepared, found.notes
+        prepared, changes, costs = found.prepared, found.notes, found.table
     elif serving is not None and legalize:
         prepared, changes = serving.legalized(prepared)
     if team.rank == 0:
@@ -181,13 +186,20 @@ def quantize(
         )
     if team.rank > 0:
         return
-    if save is not None:
-        save_single_file(target, save, remove_source=output is None)
+    _finish(target, output, save, costs)
     if as_json:
         print_json(result.report)
         return
     _show(result.report, verbose=verbose, known=(len(prepared.resolved.warnings), len(prepared.notes)))
     out.print(f"written to {', '.join(str(path) for path in (output, save) if path is not None)}", soft_wrap=True)
+
+
+def _finish(target: Path, output: Path | None, save: Path | None, costs: ErrorTable | None) -> None:
+    """Leave the costs for the report, and the single file where it was asked for."""
+    if costs is not None:
+        keep_costs(target, costs.to_json())
+    if save is not None:
+        save_single_file(target, save, remove_source=output is None)
 
 
 def _show(report: dict[str, Any], *, verbose: bool, known: tuple[int, int]) -> None:

@@ -8,7 +8,15 @@ from alphaquant.pipeline.evaluate import evaluate_checkpoint, load
 from alphaquant.pipeline.log import json_log
 from alphaquant.pipeline.manifest import Problem, check_shards
 from alphaquant.pipeline.memory import HeldModel, QuantizedModule, export_held, hold, quantize_held
-from alphaquant.pipeline.quality import QUALITY, keep_quality, plan_of, quality_facts, rounded_quality
+from alphaquant.pipeline.quality import (
+    COSTS,
+    QUALITY,
+    keep_costs,
+    keep_quality,
+    plan_of,
+    quality_facts,
+    rounded_quality,
+)
 from alphaquant.pipeline.records import KindSummary, LayerRecord, ModuleRecord, RoutingRecord
 from alphaquant.pipeline.routing import LayerRouting, RoutingReport, measure_routing
 from alphaquant.pipeline.run import (
@@ -32,6 +40,7 @@ from alphaquant.pipeline.stream import Progress, silent
 from alphaquant.pipeline.tasks import Metric, evaluate_tasks
 
 __all__ = [
+    "COSTS",
     "FOLDER",
     "QUALITY",
     "Calibration",
@@ -66,6 +75,7 @@ __all__ = [
     "hold",
     "join",
     "json_log",
+    "keep_costs",
     "keep_quality",
     "load",
     "measure_routing",

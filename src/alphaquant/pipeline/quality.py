@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from alphaquant.checkpoint import write_json
+from alphaquant.checkpoint import write_json, write_text
 from alphaquant.errors import ConfigError, OutputError
 from alphaquant.pipeline.run import quantize_checkpoint
 from alphaquant.pipeline.rundir import FOLDER
@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from alphaquant.evaluation import Quality
     from alphaquant.pipeline.run import Prepared
 
-__all__ = ["QUALITY", "is_run", "keep_quality", "plan_of", "quality_facts", "rounded_quality"]
+__all__ = ["COSTS", "QUALITY", "is_run", "keep_costs", "keep_quality", "plan_of", "quality_facts", "rounded_quality"]
 
 QUALITY = "quality"
 """Folder beside the records in which measurements are kept; the report shows them."""
+COSTS = "costs.json"
+"""File beside the records in which the table of costs is kept that a plan was found by; the report draws it."""
 
 
 def quality_facts(quality: Quality) -> dict[str, Any]:
@@ -62,6 +64,15 @@ def keep_quality(directory: Path, name: str, facts: dict[str, Any]) -> bool:
     try:
         folder.mkdir(exist_ok=True)
         write_json(folder / f"{name}.json", facts)
+    except (OSError, OutputError):
+        return False
+    return True
+
+
+def keep_costs(directory: Path, table: str) -> bool:
+    """Keep the error table that a run's plan was found by; False where that cannot be written to."""
+    try:
+        write_text(directory / FOLDER / COSTS, table)
     except (OSError, OutputError):
         return False
     return True

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from alphaquant.checkpoint import write_text
 from alphaquant.errors import OutputError
-from alphaquant.pipeline.quality import QUALITY
+from alphaquant.pipeline.quality import COSTS, QUALITY
 from alphaquant.pipeline.rundir import FOLDER
 from alphaquant.report.budget import alpha_map, frontier
 from alphaquant.report.charts import event_rows, phases, quality_chart, remarks, serve, total_seconds
@@ -41,6 +41,7 @@ def write_report(
         output: directory to write to, made where it is missing; None: the run's own folder of notes.
         quality: more files of `eval --json` to show.
         table: costs that `plan --table` wrote: the frontier of size and cost is drawn, and α where it was computed.
+            None: those by which the run found its plan, if it did.
 
     Returns:
         The two files.
@@ -49,7 +50,9 @@ def write_report(
         CheckpointError: the directory is none of ours, or a file is missing or malformed.
         OutputError: the output cannot be written.
     """
-    run = read_run(directory)
+    run, kept = read_run(directory), directory / FOLDER / COSTS
+    if table is None and kept.is_file():
+        table = kept
     costs = None if table is None else read_table(table, run)
     context = _context(run, read_quality([*_kept(directory), *quality]), costs)
     return _write("report", context, directory / FOLDER if output is None else output)
