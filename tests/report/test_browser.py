@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from alphaquant import demo
 from alphaquant.cli import app
 from alphaquant.report import write_comparison, write_report
+from report.test_budget import write_table
 from report.test_report import Page, write_quality, write_run
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def chromium(*args: object) -> subprocess.CompletedProcess[str]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("browser")
     for name in ("a", "b"):
-        write_run(folder / name, layers=6, experts=60)
+        records = write_run(folder / name, layers=6, experts=60)
+        write_table(folder / name / "alphaquant" / "costs.json", records)
         (folder / name / "alphaquant" / "quality").mkdir()
         routers = [None, *(0.99 - 0.02 * layer for layer in range(5))]
         write_quality(folder / name / "alphaquant" / "quality" / "GPTQ.json", router_by_layer=routers)
