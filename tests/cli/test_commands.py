@@ -130,6 +130,9 @@ def test_quantize(works, olmoe, text, plan_file, tmp_path):
     report = json.loads((out / "alphaquant/report.json").read_text())
     assert report["command"].startswith(f"alphaquant quantize {olmoe} --config")
     assert report["calibration"]["num_samples"] == 8
+    again = works("quantize", olmoe, "--config", plan_file, "--calib", text, *SMALL, "-o", out).out
+    assert again.splitlines()[-1] == f"already complete, nothing was computed: {out}"
+    assert json.loads((out / "alphaquant/report.json").read_text()) == report
 
 
 def test_quantize_prints_json_alone(works, olmoe, text, tmp_path):

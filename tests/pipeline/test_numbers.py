@@ -141,6 +141,8 @@ def test_strict_looks_at_what_was_done_before(tmp_path, text, monkeypatch):
         tiny.quantize(model, tmp_path / "out", "int4:g32", text, strict=True, recipe=FAST)
     assert run_status(tmp_path / "out").done == 1
     assert tiny.quantize(model, tmp_path / "out", "int4:g32", text, recipe=FAST).report["events"]
+    with pytest.raises(NumericsError, match="--strict"):  # also when all of it is done
+        tiny.quantize(model, tmp_path / "out", "int4:g32", text, strict=True, recipe=FAST)
 
 
 def test_strict_is_quiet_when_all_is_well(tmp_path, llama, text):

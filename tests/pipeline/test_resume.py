@@ -14,6 +14,7 @@ from alphaquant.errors import CalibrationError, CheckpointError, OutputError
 from alphaquant.pipeline import check_shards, export_checkpoint, run_status
 from alphaquant.pipeline import layer as layer_module
 from alphaquant.pipeline import run as run_module
+from alphaquant.pipeline import staging as staging_module
 from alphaquant.solver import Backend, Effort, Method, Recipe
 
 from . import tiny
@@ -199,6 +200,62 @@ def test_fresh_starts_anew(stopped, olmoe, text, monkeypatch):
     with pytest.raises(Stop):
         tiny.quantize(olmoe, stopped, PLAN, text, fresh=True)
     assert list(stopped.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_one_that_was_killed_while_it_tidied_up_is_complete(olmoe, text, tmp_path, monkeypatch, overwrite):
+    out = tmp_path / "out"
+    if overwrite:
+        out.mkdir()
+        (out / "thesis").write_text("old")
+
+    def broken(*_args):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging_module, "tidy", broken)
+        with pytest.raises(Stop):
+            tiny.quantize(olmoe, out, PLAN, text, overwrite=overwrite)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *([".out.old"] if overwrite else [])}
+    before = files_below(out)
+    stop_in_layer(monkeypatch, 0)
+    result = tiny.quantize(olmoe, out, PLAN, text, overwrite=overwrite)
+    assert not result.is_new
+    del before["alphaquant/lock"]
+    assert files_below(tmp_path) == {f"out/{name}": content for name, content in before.items()}
+    assert result.report == json.loads((out / "alphaquant/report.json").read_text())
+    assert [record.layer for record in result.records] == [0, 1, None]
+    if overwrite:  # once it is over it is to be made again
+        with pytest.raises(Stop):
+            tiny.quantize(olmoe, out, PLAN, text, overwrite=True)
+
+
+def test_what_another_run_has_made_is_refused(whole, olmoe, text, monkeypatch):
+    out = whole("olmoe")
+    before = files_below(out.parent)
+    stop_in_layer(monkeypatch, 0)
+    assert not tiny.quantize(olmoe, out, PLAN, text).is_new
+    assert files_below(out.parent) == before
+    for named, calibration, options in (
+        ("recipe.effort was 'default' and is 'fast'", Path("nowhere"), {"recipe": Recipe(effort=Effort.FAST)}),
+        (r"tokens.shape\[0\] was 24 and is 23", text, {"num_samples": 23}),
+        ("tokens was {'", None, {}),
+        ("not empty", text, {"fresh": True}),
+    ):
+        with pytest.raises(OutputError, match=f"already exists.* {named}") as caught:
+            tiny.quantize(olmoe, out, PLAN, calibration, **options)
+        assert "--overwrite" in caught.value.remedy
+    assert files_below(out.parent) == before
+    path = out / "alphaquant/records/layer-00001.json"
+    path.write_bytes(before["out/alphaquant/records/layer-00001.json"] + b" ")
+    try:
+        with pytest.raises(OutputError, match="damaged") as caught:
+            tiny.quantize(olmoe, out, PLAN, text)
+        assert caught.value.where == str(path)
+        with pytest.raises(Stop):
+            tiny.quantize(olmoe, out, PLAN, text, overwrite=True)
+    finally:
+        path.write_bytes(before["out/alphaquant/records/layer-00001.json"])
 
 
 def test_an_export_does_not_write_over_it(stopped, whole):

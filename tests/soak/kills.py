@@ -120,12 +120,18 @@ def go_on(runs: Runs, out: Path, expected: dict[str, bytes]) -> None:
     Raises:
         AssertionError: one of them.
     """
-    if not out.exists():
-        done = committed(out)
-        assert runs.ends(out), "it was not killed this time"
-        report = json.loads((out / "alphaquant/report.json").read_text())
-        assert report["sessions"][-1]["from_shard"] == done, f"{done} shards were committed: {report['sessions']}"
-        assert {path.name for path in out.parent.iterdir()} == {out.name}
+    is_whole = out.exists()
+    done = 0 if is_whole else committed(out)
+    before = (out / "alphaquant/report.json").read_bytes() if is_whole else b""
+    assert runs.ends(out), "it was not killed this time"
+    after = (out / "alphaquant/report.json").read_bytes()
+    if is_whole:
+        assert after == before, "it was made again"
+    else:
+        sessions = json.loads(after)["sessions"]
+        assert sessions[-1]["from_shard"] == done, f"{done} shards were committed: {sessions}"
+    assert {path.name for path in out.parent.iterdir()} == {out.name}
+    assert not (out / "alphaquant/lock").exists()
     found = result_of(out)
     assert found.keys() == expected.keys()
     differing = [name for name in found if found[name] != expected[name]]

@@ -50,7 +50,7 @@ from alphaquant.pipeline import (
     Calibration,
     Forecast,
     Prepared,
-    check_output,
+    check_run_output,
     foretell,
     join,
     json_log,
@@ -141,7 +141,7 @@ def quantize(
     )
     refuse_with(request, {"--scheme": scheme is not None, "--legalize": legalize, "--dry-run": dry_run})
     prepared = prepare(open_model(model) if dry_run else resolve_model(model), base_plan(request, config, scheme))
-    target = _output_directory(output, save, prepared, overwrite=overwrite)
+    target = _output_directory(output, save, prepared, overwrite=overwrite, fresh=fresh)
     recipe = Recipe(method=method, effort=effort, routing_power=routing_weight, backend=kernels)
     calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed, balance)
     changes: tuple[str, ...] = ()
@@ -191,7 +191,8 @@ def quantize(
         print_json(result.report)
         return
     _show(result.report, verbose=verbose, known=(len(prepared.resolved.warnings), len(prepared.notes)))
-    out.print(f"written to {', '.join(str(path) for path in (output, save) if path is not None)}", soft_wrap=True)
+    said = "written to" if result.is_new else "already complete, nothing was computed:"
+    out.print(f"{said} {', '.join(str(path) for path in (output, save) if path is not None)}", soft_wrap=True)
 
 
 def _finish(target: Path, output: Path | None, save: Path | None, costs: ErrorTable | None) -> None:
@@ -228,7 +229,9 @@ def _show_forecast(prepared: Prepared, forecast: Forecast, *, as_json: bool) -> 
         print_forecast(forecast)
 
 
-def _output_directory(output: Path | None, save: Path | None, prepared: Prepared, *, overwrite: bool) -> Path:
+def _output_directory(
+    output: Path | None, save: Path | None, prepared: Prepared, *, overwrite: bool, fresh: bool
+) -> Path:
     """Where the directory is made: the asked-for one, or one beside the single file that vanishes again."""
     if save is not None:
         if save.suffix != ".pt":
@@ -237,5 +240,5 @@ def _output_directory(output: Path | None, save: Path | None, prepared: Prepared
             raise OutputError(f"-o and --save are both {save}", remedy="give the file another name")
         check_single_file(save, overwrite=overwrite)
     target = output if output is not None else save.with_name(f".{save.name}.parts") if save is not None else Path()
-    check_output(target, prepared.checkpoint.path, overwrite=overwrite)
+    check_run_output(target, prepared.checkpoint.path, overwrite=overwrite, fresh=fresh)
     return target

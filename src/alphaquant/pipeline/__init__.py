@@ -32,7 +32,7 @@ from alphaquant.pipeline.run import (
     quantize_checkpoint,
     resolve_plan,
 )
-from alphaquant.pipeline.rundir import FOLDER, check_output, check_writable
+from alphaquant.pipeline.rundir import FOLDER, check_output, check_run_output, check_writable
 from alphaquant.pipeline.serving import Serving
 from alphaquant.pipeline.size import KindSize, plan_sizes
 from alphaquant.pipeline.status import RunStatus, run_status
@@ -63,6 +63,7 @@ __all__ = [
     "Serving",
     "Team",
     "check_output",
+    "check_run_output",
     "check_shards",
     "check_single_file",
     "check_writable",

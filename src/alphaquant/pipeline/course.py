@@ -49,12 +49,15 @@ class Job:
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes of the result, as JSON; a stopped run goes on only with the same."""
+        ids = None if self.tokens is None else {"shape": list(self.tokens.ids.shape), "digest": self.tokens.digest}
+        return {"tokens": ids, **self.identity_without_tokens()}
+
+    def identity_without_tokens(self) -> dict[str, Any]:
+        """What is known of it before there are tokens."""
         checkpoint, plan = self.prepared.checkpoint, self.prepared.plan
         table = {name: str(scheme) for name, scheme in self.prepared.schemes.items() if scheme is not None}
-        ids = None if self.tokens is None else {"shape": list(self.tokens.ids.shape), "digest": self.tokens.digest}
         return {
             "checkpoint": {"headers": checkpoint.header_digest(), "weights": checkpoint.sample_digest()},
-            "tokens": ids,
             "plan": plan.model_dump(mode="json", exclude={"comment", "schema_url"}, exclude_none=True),
             "formats": hashlib.sha256(json.dumps(table).encode()).hexdigest(),
             "layout": self.layout.name,
@@ -94,10 +97,10 @@ class Course:
         if run is not None:
             records = [LayerRecord.from_dict(run.read_note(self._record(index))) for index in range(len(run.shards))]
         done: int = team.tell(len(records))[0]
-        if done == len(names):
-            return records
         for record in records:
             self._look_at(record)
+        if done == len(names):
+            return records
         streams = team.tell_tensors({} if run is None else run.read_streams())
         self.quantizer.samples.left_out.update(streams.pop(_LEFT_OUT, torch.empty(0)).tolist())
         walk = quantize_shards(

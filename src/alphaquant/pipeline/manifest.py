@@ -94,13 +94,22 @@ class Manifest:
         """The manifest after one more shard."""
         return replace(self, shards=[*self.shards, shard], **changes)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether it is of a run, and all its shards are there."""
+        return bool(self.identity) and len(self.shards) == self.num_shards
+
+    def differences(self, identity: dict[str, Any]) -> list[str]:
+        """What the run is a function of, and what is something else in `identity`."""
+        return _differences("", self.identity, identity)
+
     def require_same(self, identity: dict[str, Any], where: Path) -> None:
         """The unfinished run is a function of the same things.
 
         Raises:
             OutputError: names what differs.
         """
-        differences = _differences("", self.identity, identity)
+        differences = self.differences(identity)
         if differences:
             raise OutputError(
                 f"the unfinished run was started otherwise: {'; '.join(differences[:5])}",

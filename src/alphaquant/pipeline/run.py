@@ -24,7 +24,7 @@ from alphaquant.pipeline.duration import foretell_seconds
 from alphaquant.pipeline.layer import LayerQuantizer
 from alphaquant.pipeline.log import Log, unlogged
 from alphaquant.pipeline.records import KindSummary, LayerRecord, summarize
-from alphaquant.pipeline.rundir import RunDir, check_output
+from alphaquant.pipeline.rundir import RunDir, check_run_output
 from alphaquant.pipeline.stream import Clock, Progress, silent
 from alphaquant.plan import ModuleKind
 
@@ -97,11 +97,12 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What a run reports; `report` is the content of `alphaquant/report.json`."""
+    """What a run reports; `report` is the content of `alphaquant/report.json`, and `is_new` False if it was there."""
 
     summary: list[KindSummary]
     records: list[LayerRecord]
     report: dict[str, Any] = field(default_factory=dict)
+    is_new: bool = True
 
 
 def prepare(model: Path | Checkpoint, plan: Plan) -> Prepared:
@@ -230,8 +231,11 @@ def quantize_checkpoint(
     """
     spec, device = prepared.spec, torch.device(device)
     work_dtype = compute_dtype(dtype, spec, device)
-    check_output(out, prepared.checkpoint.path, overwrite=overwrite)
     chosen = planned_layout(prepared, layout)
+    untold = Job(prepared, recipe, chosen, None, device, work_dtype)
+    check_run_output(
+        out, prepared.checkpoint.path, overwrite=overwrite, fresh=fresh, identity=untold.identity_without_tokens
+    )
     watch = Watch(log, progress, team)
     clock, begin = Clock(watch.spent), time.perf_counter()
     # the first process of a team keeps the directory; the others only compute
@@ -247,7 +251,7 @@ def quantize_checkpoint(
         job = Job(prepared, recipe, chosen, tokens, device, work_dtype)
         identity = job.identity()
         require_equal(team, identity)
-        if run is not None:
+        if run is not None and (fresh or not run.find_ended(out, identity, overwrite=overwrite)):
             run.start(identity, session(device, recipe.backend, command, team.size))
             for phase, seconds in run.manifest.seconds.items():
                 clock.seconds[phase] += seconds
@@ -261,6 +265,10 @@ def quantize_checkpoint(
         summary = summarize(records, list(ModuleKind))
         if run is None:
             return QuantizeResult(summary, records)
+        if run.has_ended:
+            result = QuantizeResult(summary, records, run.read_note("report.json"), is_new=False)
+            _log_end(log, result.report)
+            return result
         clock.seconds["total"] = time.perf_counter() - begin
         report = {
             **describe(prepared, job.layout, run, records),
@@ -282,8 +290,12 @@ def quantize_checkpoint(
         run.write_note("plan.json", json.loads(prepared.plan.to_json()))
         run.write_note("report.json", report)
         run.finish(prepared.checkpoint.config, prepared.checkpoint.path, spec, chosen, prepared.schemes)
-    log("end", seconds=report["seconds"]["total"], bytes=report["sizes"]["after_bytes"], events=len(report["events"]))
+    _log_end(log, report)
     return QuantizeResult(summary, records, report)
+
+
+def _log_end(log: Log, report: dict[str, Any]) -> None:
+    log("end", seconds=report["seconds"]["total"], bytes=report["sizes"]["after_bytes"], events=len(report["events"]))
 
 
 def draw_tokens(prepared: Prepared, calibration: Calibration) -> TokenBatch:

@@ -25,11 +25,19 @@ from alphaquant.engines import nameless_scheme
 from alphaquant.errors import AlphaQuantError, CheckpointError, OutputError
 from alphaquant.layouts import module_table
 from alphaquant.pipeline.manifest import MANIFEST, Manifest, check_files, file_sha256
-from alphaquant.pipeline.staging import FOLDER, check_output, check_writable, staged, staging_of
+from alphaquant.pipeline.staging import (
+    FOLDER,
+    check_output,
+    check_writable,
+    is_untidy,
+    staged,
+    staging_of,
+    tidy,
+)
 from alphaquant.pipeline.stream import HeldStream
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -39,17 +47,50 @@ if TYPE_CHECKING:
     from alphaquant.models import ModelSpec
     from alphaquant.pipeline.stream import Stream
 
-__all__ = ["FOLDER", "RunDir", "check_output", "check_writable"]
+__all__ = ["FOLDER", "RunDir", "check_output", "check_run_output", "check_writable"]
 
 _STREAM = f"{FOLDER}/stream"
 
 
+def check_run_output(
+    path: Path,
+    source: Path | None,
+    *,
+    overwrite: bool,
+    fresh: bool,
+    identity: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """As `check_output`, but what this very run has finished may be there; see `RunDir.find_ended`.
+
+    Args:
+        path: the directory to make.
+        source: the model's own directory, where it has one.
+        overwrite: what is there may be replaced.
+        fresh: what is there is never taken for the result.
+        identity: what is known so far of all that bears on the result.
+
+    Raises:
+        OutputError: it cannot be the output of this run.
+    """
+    ended = None if overwrite or fresh else _finished(path)
+    check_output(path, source, overwrite=overwrite or ended is not None)
+    if ended is not None:
+        _require_same(path, ended, ended.identity | identity())
+
+
 class RunDir:
-    """A checkpoint directory in the making."""
+    """A checkpoint directory in the making, or one that was made.
+
+    Attributes:
+        path: where its files are.
+        manifest: what is known of them.
+        has_ended: whether it was made by an earlier start of this run.
+    """
 
     def __init__(self, path: Path, num_shards: int) -> None:
         self.path = path
         self.manifest = Manifest(num_shards)
+        self.has_ended = False
 
     @classmethod
     @contextmanager
@@ -74,8 +115,41 @@ class RunDir:
                 where=str(staging),
                 remedy="end it with its own command first, remove it, or choose another output",
             )
-        with staged(path, is_kept=_is_kept, fresh=fresh) as staging:
-            yield cls(staging, num_shards)
+        run = cls(staging, num_shards)
+        with staged(path, is_kept=_is_kept, moves=lambda: not run.has_ended, fresh=fresh):
+            yield run
+
+    def find_ended(self, target: Path, identity: dict[str, Any], *, overwrite: bool) -> bool:
+        """Whether the run ended already, and was killed at most while it tidied up, which is done now.
+
+        To `overwrite` is to make it again, unless it was killed so.
+
+        Args:
+            target: the directory to make.
+            identity: all that bears on the result, as JSON.
+            overwrite: what is there may be replaced.
+
+        Raises:
+            OutputError: another run made what is there, or it is damaged.
+        """
+        manifest = _finished(target)
+        if manifest is None or (overwrite and not is_untidy(target)):
+            return False
+        if overwrite and manifest.differences(identity):
+            return False
+        _require_same(target, manifest, identity)
+        problems = check_files(target, manifest)
+        if problems and overwrite:
+            return False
+        if problems:
+            raise OutputError(
+                f"the run has ended, and a file of it is damaged since: {problems[0].what}",
+                where=str(target / problems[0].file),
+                remedy="restore the file, or make all of it again with --overwrite",
+            )
+        tidy(target.resolve())
+        self.path, self.manifest, self.has_ended = target, manifest, True
+        return True
 
     def start(self, identity: dict[str, Any], session: dict[str, Any]) -> None:
         """Begin a run that can go on after it was stopped, or go on with the one that was.
@@ -235,6 +309,24 @@ class RunDir:
 def _code_files(config: Mapping[str, Any], source: Path | None) -> list[str]:
     """Code that engines ask for where config.json names classes of its own: carried along, never run here."""
     return [] if source is None or "auto_map" not in config else sorted(path.name for path in source.glob("*.py"))
+
+
+def _finished(path: Path) -> Manifest | None:
+    """The manifest of a directory that a run has finished; None where there is none."""
+    try:
+        manifest = Manifest.read(path) if path.is_dir() else None
+    except (OSError, AlphaQuantError):  # whatever it is, it is no such directory
+        return None
+    return manifest if manifest is not None and manifest.is_complete else None
+
+
+def _require_same(path: Path, ended: Manifest, identity: dict[str, Any]) -> None:
+    differences = ended.differences(identity)
+    if differences:
+        raise OutputError(
+            f"{path} already exists, of another run: {'; '.join(differences[:5])}",
+            remedy="choose another output, or pass --overwrite",
+        )
 
 
 def _is_kept(staging: Path) -> bool:

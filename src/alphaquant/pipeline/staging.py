@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-__all__ = ["FOLDER", "check_output", "check_writable", "holder", "staged", "staging_of"]
+__all__ = ["FOLDER", "check_output", "check_writable", "holder", "is_untidy", "staged", "staging_of", "tidy"]
 
 FOLDER = "alphaquant"
 _LOCK = f"{FOLDER}/lock"
@@ -83,8 +83,10 @@ def holder(staging: Path) -> int | None:
 
 
 @contextmanager
-def staged(path: Path, *, is_kept: Callable[[Path], bool], fresh: bool = False) -> Iterator[Path]:
-    """A locked directory that becomes `path` when the block ends well.
+def staged(
+    path: Path, *, is_kept: Callable[[Path], bool], moves: Callable[[], bool] = lambda: True, fresh: bool = False
+) -> Iterator[Path]:
+    """A locked directory that becomes `path` when the block ends well and `moves` says so.
 
     Where it does not, the directory stays if `is_kept` says that it holds work, and vanishes with all that was made
     for it if not. What an earlier run left in it is there; `fresh` drops that.
@@ -103,7 +105,10 @@ def staged(path: Path, *, is_kept: Callable[[Path], bool], fresh: bool = False) 
             if fresh:
                 _empty(staging)
             yield staging
-            _publish(staging, target)
+            if moves():
+                _publish(staging, target)
+            elif not is_kept(staging):
+                shutil.rmtree(staging, ignore_errors=True)
         except BaseException as error:
             if is_kept(staging):
                 if isinstance(error, AlphaQuantError):
@@ -176,7 +181,7 @@ def _empty(staging: Path) -> None:
 
 def _publish(staging: Path, target: Path) -> None:
     """Move the finished directory to its name; what was there before goes only after that worked."""
-    old = target.with_name(f".{target.name}.old")
+    old = _old(target)
     try:
         if target.exists():
             _remove(old)
@@ -188,12 +193,29 @@ def _publish(staging: Path, target: Path) -> None:
                 old.rename(target)
             raise
         sync_directory(target.parent)
-        (target / _LOCK).unlink()
-        _remove(old)  # of this run, or of one that was killed between the two moves
+        tidy(target)
     except OSError as error:
         raise OutputError(
             f"the result cannot be moved to {target}: {error.strerror}", remedy="choose another output"
         ) from error
+
+
+def tidy(target: Path) -> None:
+    """Remove what is of no use beside and in a finished directory; the lock last, which says that there was something.
+
+    What was there before may be of this run, or of one that was killed between two moves.
+    """
+    _remove(_old(target))
+    (target / _LOCK).unlink(missing_ok=True)
+
+
+def is_untidy(target: Path) -> bool:
+    """Whether the run that made a directory was killed between moving and tidying it."""
+    return (target.resolve() / _LOCK).exists()
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def _remove(path: Path) -> None:
