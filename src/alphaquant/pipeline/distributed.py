@@ -84,7 +84,11 @@ class Team:
         cuts = [slice(sum(counts[: run.start]), sum(counts[: run.stop])) for run in takes]
         own = takes[self.rank]
         taken = [sum(head[1 + own.start : 1 + own.stop]) for head in heads]
-        parts = self._swap(torch.cat([x_RI[cut] for cut in cuts]), [cut.stop - cut.start for cut in cuts], taken)
+        if all(before.stop == after.start for before, after in pairwise(cuts)):
+            given_RI = x_RI[cuts[0].start : cuts[-1].stop]  # no copy
+        else:
+            given_RI = torch.cat([x_RI[cut] for cut in cuts])
+        parts = self._swap(given_RI, [cut.stop - cut.start for cut in cuts], taken)
         totals = [sum(head[1:]) for head in heads]
         routings: list[Routing | None] = [None] * self.size
         if any(head[0] for head in heads):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alphaquant.formats import Scheme
-    from alphaquant.models import LayerWeights, ModelSpec, Parameter
+    from alphaquant.models import LayerWeights, ModelSpec, Parameter, Routing
     from alphaquant.pipeline.records import RoutingRecord
     from alphaquant.pipeline.stream import Progress, Stream
     from alphaquant.solver import Outcome, Recipe
@@ -228,15 +228,21 @@ class LayerQuantizer:
             shown, noted = Shown(), set[Source]()
             if cut is not None:
                 half(x_NLD, weights, self.spec, layer, tap=shown, cuts=[cut])
+            taken: list[tuple[Reading, Tensor, Routing | None]] = []
             for reading, ranks in takes.items():
                 experts, width = sizes[reading.source]
                 none_RI = torch.empty(0, width, dtype=x_NLD.dtype, device=x_NLD.device)
                 x_RI, routing = shown.rows.get(reading.source, (none_RI, None))
-                for rows_RI, how in self.team.exchange(x_RI, routing, experts, ranks):
-                    if reading.source not in noted:
+                parts = self.team.exchange(x_RI, routing, experts, ranks)
+                if reading.source not in noted:
+                    for _, how in parts:
                         collector.note(reading.source, how)
-                    collector.add(reading, rows_RI, how)
                 noted.add(reading.source)
+                taken += [(reading, *part) for part in parts]
+            shown.rows.clear()
+            # only behind the exchanges: one process adds to the sums of one source, another to those of the next
+            for part in taken:
+                collector.add(*part)
         return True
 
     def _rows_seen(self, collector: Collector) -> dict[Source, tuple[int, int]]:
