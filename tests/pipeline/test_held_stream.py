@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from alphaquant.checkpoint import read_rows
 from alphaquant.errors import OutputError
-from alphaquant.pipeline import run
+from alphaquant.pipeline import distributed, run, stream
 from alphaquant.pipeline.budget import MemoryPlan
-from alphaquant.pipeline.layer import Limits
+from alphaquant.pipeline.layer import LayerQuantizer, Limits
 from alphaquant.pipeline.stream import held_stream
 
 from . import tiny
@@ -56,6 +57,27 @@ def test_a_disk_without_room_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="No space left") as caught:
         held_stream((5, 3, 8), torch.bfloat16, torch.device("cpu"), tmp_path)
     assert "nsamples" in caught.value.remedy
+
+
+def test_going_on_reads_activations_a_part_at_a_time(olmoe, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "CHUNK_TOKENS", 64)  # two samples
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerQuantizer, "head", stop)
+        with pytest.raises(KeyboardInterrupt):
+            tiny.quantize(olmoe, tmp_path / "out", PLAN, text)
+    read = []
+
+    def spy(slot, rows):
+        read.append(list(rows))
+        return read_rows(slot, rows)
+
+    monkeypatch.setattr(distributed, "read_rows", spy)
+    tiny.quantize(olmoe, tmp_path / "out", PLAN, text)
+    assert read == [[start, start + 1] for start in range(0, 24, 2)]
 
 
 @pytest.mark.parametrize("stops", [False, True])

@@ -85,7 +85,6 @@ def test_one_alone_gives_back_what_it_is_given():
     x = torch.randn(4, 3)
     assert SOLO.tell({"a": 1}) == [{"a": 1}]
     assert SOLO.gather({"x": x})["x"] is x
-    assert SOLO.tell_tensors({"x": x})["x"] is x
     before = x.clone()
     SOLO.spread(x, 0)
     assert torch.equal(x, before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from alphaquant.checkpoint.blocks import BlockScaled, unquantized
 from alphaquant.checkpoint.hub import SIDE_FILES, open_model, resolve_model
 from alphaquant.checkpoint.reader import Checkpoint, read_safetensors
-from alphaquant.checkpoint.shard import TensorInfo
+from alphaquant.checkpoint.shard import Slot, TensorInfo, load_shard, read_rows
 from alphaquant.checkpoint.writer import (
     ShardInfo,
     sync_directory,
@@ -21,8 +21,11 @@ __all__ = [
     "BlockScaled",
     "Checkpoint",
     "ShardInfo",
+    "Slot",
     "TensorInfo",
+    "load_shard",
     "open_model",
+    "read_rows",
     "read_safetensors",
     "resolve_model",
     "sync_directory",

@@ -212,6 +212,18 @@ def read_slot(slot: Slot) -> Tensor:
     return out
 
 
+def read_rows(slot: Slot, rows: range) -> Tensor:
+    """Read some consecutive rows of a tensor, in its stored dtype, to the CPU.
+
+    Raises:
+        CheckpointError: the file cannot be read, or was cut since its header was read.
+    """
+    info = slot.info
+    row_bytes = info.num_bytes // max(1, info.shape[0])
+    part = TensorInfo(info.name, info.dtype, (len(rows), *info.shape[1:]), len(rows) * row_bytes)
+    return read_slot(Slot(part, slot.path, slot.offset + rows.start * row_bytes))
+
+
 def read_into(slot: Slot, out: Tensor) -> None:
     """Read one tensor into ``out``, of its shape and of any dtype, strides and device.
 

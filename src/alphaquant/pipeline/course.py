@@ -101,8 +101,9 @@ class Course:
             self._look_at(record)
         if done == len(names):
             return records
-        streams = team.tell_tensors({} if run is None else run.read_streams())
-        self.quantizer.samples.left_out.update(streams.pop(_LEFT_OUT, torch.empty(0)).tolist())
+        streams = team.stored({} if run is None else run.open_streams())
+        left_out = streams.pop(_LEFT_OUT, None)
+        self.quantizer.samples.left_out.update([] if left_out is None else left_out[:].tolist())
         walk = quantize_shards(
             self.quantizer,
             job.prepared.source,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import distributed as dist
 
+from alphaquant.checkpoint import read_rows
 from alphaquant.errors import AlphaQuantError, ConfigError
 from alphaquant.models import Routing
 
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from alphaquant.checkpoint import Slot
     from alphaquant.pipeline.stream import Stream
 
-__all__ = ["SOLO", "Team", "join"]
+__all__ = ["SOLO", "Stored", "Team", "join"]
 
 _Item = TypeVar("_Item")
 
@@ -124,21 +126,17 @@ class Team:
             dist.all_gather(parts, padded)
         return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
-    def tell_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The first process's tensors, on the CPU."""
-        if self.size == 1:
-            return dict(tensors)
-        described = self.tell(_describe(tensors) if self.rank == 0 else {})[0]
-        result = {name: tensors[name].cpu() if self.rank == 0 else _empty(what) for name, what in described.items()}
-        for tensor in result.values():
-            self.spread(tensor, 0)
-        return result
+    def stored(self, slots: Mapping[str, Slot]) -> dict[str, Stored]:
+        """Tensors in files of the first process's, for all to read together."""
+        infos = {name: slot.info for name, slot in slots.items()}
+        described = self.tell({name: _described(info.dtype, info.shape) for name, info in infos.items()})[0]
+        return {name: Stored(self, *_known(what), slots.get(name)) for name, what in described.items()}
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All processes' tensors at the first one, on the CPU; nothing at the others."""
         if self.size == 1:
             return dict(tensors)
-        described = self.tell(_describe(tensors))
+        described = self.tell({name: _described(x.dtype, x.shape) for name, x in tensors.items()})
         if self.rank:
             with _together():
                 for tensor in tensors.values():
@@ -147,7 +145,8 @@ class Team:
         result = dict(tensors)
         for rank in range(1, self.size):
             for name, what in described[rank].items():
-                result[name] = _empty(what)
+                shape, dtype = _known(what)
+                result[name] = torch.empty(shape, dtype=dtype)
                 with _together():
                     dist.recv(_bytes(result[name]), rank)
         return result
@@ -177,6 +176,33 @@ class Team:
             dist.all_to_all_single(out_RI.view(torch.uint8), x_RI.contiguous().view(torch.uint8), taken, given)
         parts: Sequence[Tensor] = out_RI.split(taken)
         return parts
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file of the first process's: all of a team ask for the same rows, which it reads and gives them.
+
+    Attributes:
+        team: who asks.
+        shape: of the whole.
+        dtype: of its elements.
+        slot: where it lies; None in the other processes.
+    """
+
+    team: Team
+    shape: torch.Size
+    dtype: torch.dtype
+    slot: Slot | None
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Some consecutive rows, on the CPU."""
+        wanted = range(*rows.indices(self.shape[0]))
+        if self.slot is None:
+            part = torch.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
+        else:
+            part = read_rows(self.slot, wanted)
+        self.team.spread(part, 0)
+        return part
 
 
 SOLO = Team()
@@ -234,10 +260,10 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(-1).view(torch.uint8)
 
 
-def _describe(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: [str(x.dtype).removeprefix("torch."), list(x.shape)] for name, x in tensors.items()}
+def _described(dtype: torch.dtype, shape: Sequence[int]) -> list[Any]:
+    return [list(shape), str(dtype).removeprefix("torch.")]
 
 
-def _empty(described: Any) -> Tensor:
-    dtype, shape = described
-    return torch.empty(shape, dtype=getattr(torch, dtype))
+def _known(described: Any) -> tuple[torch.Size, torch.dtype]:
+    shape, dtype = described
+    return torch.Size(shape), getattr(torch, dtype)

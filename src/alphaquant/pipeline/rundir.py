@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from alphaquant.checkpoint import (
     SIDE_FILES,
     ShardInfo,
-    read_safetensors,
+    Slot,
+    load_shard,
     write_bytes,
     write_index,
     write_json,
@@ -239,8 +240,8 @@ class RunDir:
         if before is not None:
             (self.path / _STREAM / before.name).unlink(missing_ok=True)
 
-    def read_streams(self) -> dict[str, Tensor]:
-        """What the last commit kept for the next layer, on the CPU.
+    def open_streams(self) -> dict[str, Slot]:
+        """Where in the file of the last commit lies what it kept for the next layer.
 
         Raises:
             OutputError: the file is missing or damaged.
@@ -251,7 +252,7 @@ class RunDir:
         path = self.path / _STREAM / stream.name
         try:
             if file_sha256(path) == stream.sha256:
-                return read_safetensors(path)
+                return load_shard(path).slots
             why = "its content is not what was written"
         except (OSError, CheckpointError) as error:
             why = str(error)

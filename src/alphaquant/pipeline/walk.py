@@ -11,6 +11,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from alphaquant.models import read_layer, read_outer
 from alphaquant.pipeline.layer import QuantizedLayer
 from alphaquant.pipeline.pace import out_of_memory
@@ -21,10 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
-    import torch
     from torch import Tensor
 
     from alphaquant.models import LayerWeights, TensorSource
+    from alphaquant.pipeline.distributed import Stored
     from alphaquant.pipeline.layer import LayerQuantizer
     from alphaquant.pipeline.stream import HeldStream, Stream
 
@@ -39,7 +41,7 @@ def quantize_shards(
     device: torch.device,
     dtype: torch.dtype,
     done: int = 0,
-    streams: Mapping[str, Tensor] | None = None,
+    streams: Mapping[str, Stored] | None = None,
     scratch: Path | None = None,
 ) -> Iterator[tuple[QuantizedLayer, dict[str, Stream]]]:
     """Quantize one layer after the other, and last what lies outside of them: embedding and head.
@@ -65,8 +67,8 @@ def quantize_shards(
         outer = read_outer(source, spec, dtype, device)
     embedding = quantizer.embedding(outer)
     behind: dict[str, Stream] = {}
-    for name, stream in (streams or {}).items() if done else ():
-        behind[name] = _held(stream, device, scratch) if quantizer.limits.holds_stream else stream.to(device)
+    for name, stored in (streams or {}).items() if done else ():
+        behind[name] = _read_in(stored, device, scratch, holds=quantizer.limits.holds_stream)
     if not done and ids_NL is not None:
         table_VD = outer["model.embed_tokens.weight"]
         behind["quantized"] = (
@@ -110,11 +112,12 @@ def _ahead(
             yield coming.pop().result()
 
 
-def _held(stream_NLD: Tensor, device: torch.device, scratch: Path | None) -> HeldStream:
-    held = _empty(stream_NLD.shape, stream_NLD.dtype, device, scratch)
-    for cut in chunks(*stream_NLD.shape[:2]):
-        held[cut] = stream_NLD[cut]
-    return held
+def _read_in(stored_NLD: Stored, device: torch.device, scratch: Path | None, *, holds: bool) -> Stream:
+    shape, dtype = stored_NLD.shape, stored_NLD.dtype
+    x_NLD = _empty(shape, dtype, device, scratch) if holds else torch.empty(shape, dtype=dtype, device=device)
+    for cut in chunks(*shape[:2]):
+        x_NLD[cut] = stored_NLD[cut]
+    return x_NLD
 
 
 def _embedded(ids_NL: Tensor, table_VD: Tensor, scratch: Path | None) -> HeldStream:
