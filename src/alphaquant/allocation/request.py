@@ -117,12 +117,12 @@ class Search:
 
 
 class Proposal(NamedTuple):
-    """A model with the plan found for it; what is known of that plan, as JSON and in words; all modules' costs."""
+    """A model with its plan; what is known of that plan, as JSON and in words; all modules' costs, if it was found."""
 
     prepared: Prepared
     facts: dict[str, Any]
     notes: tuple[str, ...]
-    table: ErrorTable
+    table: ErrorTable | None
 
 
 class Point(NamedTuple):

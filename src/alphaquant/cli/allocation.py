@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alphaquant.allocation import Budget, Request, Search, Strategy, to_fill
+from alphaquant.allocation import Budget, Proposal, Request, Search, Strategy, propose, to_fill
 from alphaquant.cli.options import plan_from
 from alphaquant.errors import ConfigError, PlanError
 from alphaquant.pipeline import parse_bytes
+from alphaquant.terminal import progress_bar
 
 if TYPE_CHECKING:
-    from alphaquant.pipeline import Serving
+    from alphaquant.allocation import Means
+    from alphaquant.pipeline import Prepared, Serving
     from alphaquant.plan import Plan
 
 __all__ = [
@@ -28,6 +31,7 @@ __all__ = [
     "TableOpt",
     "ValidateOpt",
     "base_plan",
+    "proposal_for",
     "refuse_with",
     "request_from",
 ]
@@ -112,6 +116,25 @@ def base_plan(request: Request | None, config: Path | None, scheme: str | None) 
     if request is None:
         return plan_from(config, scheme)
     return to_fill(plan_from(config, scheme, "bf16"))
+
+
+def proposal_for(
+    request: Request | None,
+    prepared: Prepared,
+    means: Means,
+    serving: Serving | None,
+    *,
+    legalize: bool,
+    quiet: bool,
+) -> Proposal:
+    """What the options come to: the plan found for a budget, or the given one, made legal where that is asked for."""
+    if request is not None:
+        with progress_bar("planning", quiet=quiet) as progress:
+            return propose(request, prepared, replace(means, progress=progress))
+    if serving is not None and legalize:
+        prepared, changes = serving.legalized(prepared)
+        return Proposal(prepared, {}, changes, None)
+    return Proposal(prepared, {}, (), None)
 
 
 def refuse_with(request: Request | None, given: dict[str, bool]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alphaquant.allocation import Means, frontier, propose
+from alphaquant.allocation import Means, frontier
 from alphaquant.checkpoint import open_model, resolve_model, write_json, write_text
 from alphaquant.cli.allocation import (
     BitsOpt,
@@ -20,6 +21,7 @@ from alphaquant.cli.allocation import (
     TableOpt,
     ValidateOpt,
     base_plan,
+    proposal_for,
     refuse_with,
     request_from,
 )
@@ -127,48 +129,38 @@ def plan(
         check_single_file(output, overwrite=overwrite)
     found = open_model(model) if request is None else resolve_model(model)
     prepared = prepare(found, base_plan(request, config, scheme))
-    changes: tuple[str, ...] = ()
-    proposal: Proposal | None = None
-    if request is not None:
-        with progress_bar("planning", quiet=quiet or as_json) as progress:
-            calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed)
-            means = Means(calibration, Recipe(), torch_device(device), dtype.value, seed, progress)
-            if sweep:
-                _show_frontier(frontier(request, prepared, means), output, as_json=as_json)
-                return
-            proposal = propose(request, prepared, means)
-        prepared, changes = proposal.prepared, proposal.notes
-    elif serving is not None and legalize:
-        prepared, changes = serving.legalized(prepared)
+    calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed)
+    means = Means(calibration, Recipe(), torch_device(device), dtype.value, seed)
+    is_quiet = quiet or as_json
+    if request is not None and sweep:
+        with progress_bar("planning", quiet=is_quiet) as progress:
+            swept = frontier(request, prepared, replace(means, progress=progress))
+        _show_frontier(swept, output, as_json=as_json)
+        return
+    proposal = proposal_for(request, prepared, means, serving, legalize=legalize, quiet=is_quiet)
+    prepared = proposal.prepared
     if output is not None:
         write_text(output, prepared.plan.to_json())
     if explain is not None:
         _explain(prepared, explain, as_json=as_json)
         return
     violations = [] if serving is None else serving.violations(prepared, layout_name)
-    _show(prepared, proposal, changes, serving, violations, as_json=as_json)
+    _show(proposal, serving, violations, as_json=as_json)
     if violations:
         raise typer.Exit(2)
 
 
-def _show(
-    prepared: Prepared,
-    proposal: Proposal | None,
-    changes: tuple[str, ...],
-    serving: Serving | None,
-    violations: Sequence[Violation],
-    *,
-    as_json: bool,
-) -> None:
+def _show(proposal: Proposal, serving: Serving | None, violations: Sequence[Violation], *, as_json: bool) -> None:
+    prepared, known, notes, _ = proposal
     if as_json:
         schemes = {name: None if s is None else str(s) for name, s in prepared.schemes.items()}
         found = [{"module": v.module, "modules": v.num_modules, "rule": v.rule, "remedy": v.remedy} for v in violations]
-        facts: dict[str, Any] = {} if serving is None else {"violations": found, "legalized": changes}
-        facts |= {} if proposal is None else {"proposal": proposal.facts}
+        facts: dict[str, Any] = {} if serving is None else {"violations": found, "legalized": notes}
+        facts |= {"proposal": known} if known else {}
         print_json({"schemes": schemes, **facts} if facts else schemes)
         return
     print_sizes(plan_sizes(prepared))
-    print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
+    print_notes(prepared.resolved.warnings, [*prepared.notes, *notes])
     if serving is not None:
         print_violations(serving.profile.name, violations)
 

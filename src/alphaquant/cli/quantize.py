@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alphaquant.allocation import Means, propose
+from alphaquant.allocation import Means
 from alphaquant.checkpoint import open_model, resolve_model
 from alphaquant.cli.allocation import (
     BitsOpt,
@@ -19,6 +19,7 @@ from alphaquant.cli.allocation import (
     TableOpt,
     ValidateOpt,
     base_plan,
+    proposal_for,
     refuse_with,
     request_from,
 )
@@ -144,16 +145,9 @@ def quantize(
     target = _output_directory(output, save, prepared, overwrite=overwrite, fresh=fresh)
     recipe = Recipe(method=method, effort=effort, routing_power=routing_weight, backend=kernels)
     calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed, balance)
-    changes: tuple[str, ...] = ()
-    costs: ErrorTable | None = None
     is_quiet = quiet or as_json or team.rank > 0
-    if request is not None:
-        with progress_bar("planning", quiet=is_quiet) as progress:
-            means = Means(calibration, recipe, run_device, dtype.value, seed, progress)
-            found = propose(request, prepared, means)
-        prepared, changes, costs = found.prepared, found.notes, found.table
-    elif serving is not None and legalize:
-        prepared, changes = serving.legalized(prepared)
+    means = Means(calibration, recipe, run_device, dtype.value, seed)
+    prepared, _, changes, costs = proposal_for(request, prepared, means, serving, legalize=legalize, quiet=is_quiet)
     if team.rank == 0:
         print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
     if serving is not None:
