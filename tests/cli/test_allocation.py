@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -93,6 +94,21 @@ def test_a_table_is_kept_and_read_again(works, olmoe, tmp_path):
     assert file.read_bytes() == before
 
 
+def test_alphas_and_costs_come_as_csv(works, fails, olmoe, tmp_path):
+    sheet, table = tmp_path / "alpha.csv", tmp_path / "table.json"
+    works("plan", olmoe, "--bits", 3, *ALPHA, "--csv", sheet, "--table", table)
+    with sheet.open(newline="") as lines:
+        rows = {line["module"]: line for line in csv.DictReader(lines)}
+    for row in json.loads(table.read_text())["rows"]:
+        line = rows.pop(row["name"])
+        assert float(line["alpha"]) == row["facts"]["alpha"]
+        assert int(line["weights"]) == row["num_weights"]
+        assert float(line["cost int3:g32"]) == row["cost"][1]
+        assert int(line["bits int8:g32"]) == row["bits"][3]
+    assert not rows
+    fails("plan", olmoe, "--bits", 3, *ALPHA, "--csv", sheet, says=("already exists", "--overwrite"))
+
+
 def test_explain_tells_the_predicted_cost(works, olmoe):
     told = works("plan", olmoe, "--bits", 3, *ALPHA, "--explain", "model.layers.0.self_attn.k_proj").out
     assert "k_proj (attention): int" in told
@@ -182,6 +198,7 @@ BAD = {
     "no divergence": (("--max-kl", "-1"), ("--max-kl -1", "nats")),
     "a divergence of spectra": (("--max-kl", "0.1", "--method", "alpha"), ("--max-kl", "only sensitivity")),
     "nothing to validate": (("--scheme", "int4:g32", "--validate", "3"), ("--validate", "without a budget")),
+    "a sheet of nothing": (("--scheme", "int4:g32", "--csv", "a.csv"), ("--csv", "without a budget")),
     "no held-out text": (
         ("--bits", "3", *ALPHA, "--validate", "2", "--held-out", "nowhere.txt"),
         ("nowhere.txt",),

@@ -11,6 +11,7 @@ from alphaquant.allocation.estimate import Strategy, error_table
 from alphaquant.allocation.propose import Limits, Proposer
 from alphaquant.allocation.trial import try_plans
 from alphaquant.calibration import evaluation_windows, is_tokenised, load_tokenizer
+from alphaquant.checkpoint import write_text
 from alphaquant.errors import ConfigError, PlanError
 from alphaquant.pipeline import check_writable
 from alphaquant.pipeline.quality import quality_facts
@@ -53,6 +54,7 @@ class Request:
         serving: the engine whose rules hold.
         layout: the layout that it reads; None: that which allows most.
         seed: of what is random.
+        sheet: file to write the costs to as CSV, for the reader; it is not read again.
     """
 
     budget: Budget
@@ -65,6 +67,7 @@ class Request:
     serving: Serving | None = None
     layout: str | None = None
     seed: int = 0
+    sheet: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +234,10 @@ def _proposer(request: Request, prepared: Prepared, means: Means) -> tuple[Propo
 
     # what can be refused is refused before the work, on a table that costs nothing
     with_costs(Strategy.UNIFORM, None).problem.check(bits)
-    return with_costs(request.strategy, request.table), bits
+    proposer = with_costs(request.strategy, request.table)
+    if request.sheet is not None:
+        write_text(request.sheet, proposer.table.to_csv())
+    return proposer, bits
 
 
 def _within_kl(request: Request, proposer: Proposer, means: Means) -> Proposal:

@@ -4,8 +4,8 @@ One pass of the calibration tokens over the original model collects every Hessia
 candidate format is told without quantizing. What a loss costs is measured: a few sequences go through the model once
 more for every linear of every layer with that linear's weights off by the error that GPTQ would make, all of them side
 by side in the same pass, and the divergence of their logits over that loss is the linear's slope. The watched streams
-are fp32 whatever the rest is: in bf16 two that differ by next to nothing are a thousandth of a nat apart, as far as most
-linears put them.
+are fp32 whatever the rest is: in bf16 two that hardly differ are a thousandth of a nat apart, as far as most linears
+put them.
 
 Shapes: E experts, O out, I in; N sequences, L positions, D hidden; S streams of N sequences, the first the original's.
 """

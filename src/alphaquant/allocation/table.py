@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -89,6 +91,18 @@ class ErrorTable:
         head = {k: v for k, v in asdict(self).items() if k != "rows"}
         rows = ",\n  ".join(json.dumps(asdict(row)) for row in self.rows)
         return json.dumps({"version": _VERSION, **head})[:-1] + f', "rows": [\n  {rows}\n]}}\n'
+
+    def to_csv(self) -> str:
+        """A line for each module: what the estimator found of it (α, or slope and share), its bits and its costs."""
+        facts = sorted({fact for row in self.rows for fact in row.facts})
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        columns = [f"{what} {candidate}" for candidate in self.candidates for what in ("bits", "cost")]
+        lines.writerow(["module", "kind", "weights", *facts, *columns])
+        for row in self.rows:
+            pairs = [value for pair in zip(row.bits, row.cost, strict=True) for value in pair]
+            lines.writerow([row.name, row.kind, row.num_weights, *(row.facts.get(fact) for fact in facts), *pairs])
+        return text.getvalue()
 
     @classmethod
     def load(cls, path: Path, checkpoint: str, method: str) -> ErrorTable:

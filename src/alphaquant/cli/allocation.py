@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from alphaquant.allocation import Budget, Proposal, Request, Search, Strategy, propose, to_fill
-from alphaquant.cli.options import plan_from
+from alphaquant.cli.options import check_single_file, plan_from
 from alphaquant.errors import ConfigError, PlanError
 from alphaquant.pipeline import parse_bytes
 from alphaquant.terminal import progress_bar
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BitsOpt",
     "CeilingOpt",
+    "CsvOpt",
     "FloorOpt",
     "FormatsOpt",
     "HeldOutOpt",
@@ -61,6 +62,10 @@ TableOpt = Annotated[
     Path | None, typer.Option(help="Costs of all modules: read where the file exists, else written for the next time.")
 ]
 
+CsvOpt = Annotated[
+    Path | None, typer.Option("--csv", help="Write costs, bits and what was found of every module, such as α, as CSV.")
+]
+
 
 def request_from(
     bits: float | None,
@@ -78,6 +83,8 @@ def request_from(
     serving: Serving | None,
     layout: str | None,
     seed: int,
+    sheet: Path | None = None,
+    overwrite: bool = False,
 ) -> Request | None:
     """What the options ask for; None where they name no budget."""
     budgets = {"--bits": bits, "--size": size, "--max-kl": max_kl, "--frontier": is_frontier or None}
@@ -93,11 +100,14 @@ def request_from(
             "--table": table,
             "--validate": validate,
             "--held-out": held_out,
+            "--csv": sheet,
         }
         for option, value in given.items():
             if value is not None:
                 raise ConfigError(f"{option} was given without a budget", remedy="add --bits 3.5, or --size 4GiB")
         return None
+    if sheet is not None:
+        check_single_file(sheet, overwrite=overwrite)
     search = Search(
         method or _DEFAULT.strategy,
         formats or _DEFAULT.formats,
@@ -108,7 +118,8 @@ def request_from(
         held_out,
     )
     budget = Budget(bits, None if size is None else parse_bytes(size, "--size"), max_kl)
-    return search.request(budget, serving=serving, layout=layout, seed=seed, is_sweep=is_frontier)
+    found = search.request(budget, serving=serving, layout=layout, seed=seed, is_sweep=is_frontier)
+    return replace(found, sheet=sheet)
 
 
 def base_plan(request: Request | None, config: Path | None, scheme: str | None) -> Plan:

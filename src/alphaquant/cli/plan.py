@@ -13,6 +13,7 @@ from alphaquant.checkpoint import open_model, resolve_model, write_json, write_t
 from alphaquant.cli.allocation import (
     BitsOpt,
     CeilingOpt,
+    CsvOpt,
     FloorOpt,
     FormatsOpt,
     HeldOutOpt,
@@ -80,6 +81,7 @@ def plan(
     floor: FloorOpt = None,
     ceiling: CeilingOpt = None,
     table: TableOpt = None,
+    csv: CsvOpt = None,
     validate: ValidateOpt = None,
     held_out: HeldOutOpt = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws calibration windows, and random plans.")] = 0,
@@ -123,6 +125,8 @@ def plan(
         serving=serving,
         layout=layout_name,
         seed=seed,
+        sheet=csv,
+        overwrite=overwrite,
     )
     refuse_with(request, {"--scheme": scheme is not None, "--legalize": legalize})
     if output is not None:
