@@ -89,9 +89,11 @@ def test_streams_are_those_of_whole_models(tmp_path, family):
     assert min(wanted) > 1e-4
 
 
-def table_of(model, text, strategy=Strategy.SENSITIVITY, formats="int2:g32,int3:g32,int4:g32,int8:g32", **options):
+def table_of(
+    model, text, strategy=Strategy.SENSITIVITY, formats="int2:g32,int3:g32,int4:g32,int8:g32", dtype="auto", **options
+):
     prepared = prepare(model, Plan.from_shorthand("bf16"))
-    means = Means(Calibration(str(text), 16, 32), Recipe(), CPU)
+    means = Means(Calibration(str(text), 16, 32), Recipe(), CPU, dtype)
     return error_table(prepared, strategy, parse_candidates(formats, {64}), means, **options)
 
 
@@ -106,6 +108,15 @@ def test_what_does_not_reach_the_logits_costs_next_to_nothing(tmp_path, text):
         assert row.cost[0] >= row.cost[1] >= row.cost[2] >= row.cost[3] >= 0
         if row.name not in changes and f"{row.name}.weight" not in changes:
             assert row.cost[0] > 0
+
+
+def test_divergences_are_not_those_of_rounding(tmp_path, text):
+    """What an error of a linear does is far below what bf16 does to logits, and is seen all the same."""
+    model = tiny.write_model(tmp_path / "model", "llama")
+    found = [table_of(model, text, formats="int3:g32", dtype=dtype).rows for dtype in ("bf16", "fp32")]
+    pairs = [[row.facts["unit_kl"] for row in rows] for rows in zip(*found, strict=True) if rows[0].kind == "mlp"]
+    assert len(pairs) == 6
+    assert all(1 / 3 < bf16 / fp32 < 3 for bf16, fp32 in pairs)
 
 
 def test_rarely_used_experts_cost_less_but_something(tmp_path, text):
