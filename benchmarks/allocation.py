@@ -4,9 +4,10 @@
         --windows 40 --budgets 2.5,3,3.5,4.5 --tables TABLES
 
 Every plan is carried out by GPTQ at the default effort, in memory, and measured on held-out windows; bits are those of
-all quantized weights, scales counted. `--ranks` measures instead how predicted losses rank against those of GPTQ runs
-in one format, and α against measured sensitivity; `--solver` times 50,000 pairs of module and format. Prints JSON
-lines. Tables are kept in `--tables` and read again.
+all quantized weights, scales counted. `--methods` also takes files of plans, as peers/run_autoscheme.py writes them.
+`--ranks` measures instead how predicted losses rank against those of GPTQ runs in one format, and α against measured
+sensitivity; `--solver` times 50,000 pairs of module and format. Prints JSON lines. Tables are kept in `--tables` and
+read again.
 """
 
 from __future__ import annotations
@@ -56,28 +57,43 @@ def compare(args: argparse.Namespace, table_of, prepared, candidates, means: Mea
     ).ids
     calibration = draw_tokens(prepared, means.calibration).ids
     serving = None if args.engine is None else Serving(profile_of(args.engine))
+    weights = {m.name: m.out_features * m.in_features for m in prepared.spec.modules() if m.quantizable_by_default}
     for budget in map(float, args.budgets.split(",")):
         for name in args.methods.split(","):
-            strategy, _, seed = name.partition("-")
-            proposer = Proposer(prepared, table_of(Strategy(strategy)), candidates, serving=serving, limits=Limits())
-            bits = Budget(budget).total(prepared)
-            is_uniform = strategy == Strategy.UNIFORM.value
-            chosen = proposer.uniform(bits, int(seed or 0)) if is_uniform else proposer.best(bits)
+            if name.endswith(".json"):
+                chosen, plan = None, prepare(args.model, Plan.load(Path(name)))
+            else:
+                strategy, _, seed = name.partition("-")
+                table = table_of(Strategy(strategy))
+                proposer = Proposer(prepared, table, candidates, serving=serving, limits=Limits())
+                bits = Budget(budget).total(prepared)
+                is_uniform = strategy == Strategy.UNIFORM.value
+                chosen = proposer.uniform(bits, int(seed or 0)) if is_uniform else proposer.best(bits)
+                plan = proposer.proposal(chosen)
             begin = time.process_time()
-            (quality,) = try_plans(
-                [proposer.proposal(chosen)], calibration, held_out, means.recipe, device=means.device
-            )
+            (quality,) = try_plans([plan], calibration, held_out, means.recipe, device=means.device, dtype=means.dtype)
             say(
                 budget=budget,
                 method=name,
                 engine=args.engine,
-                bits=round(proposer.bits(chosen), 4),
-                predicted=chosen.cost,
+                bits=round(stored_bits(plan, weights) / sum(weights.values()), 4),
+                predicted=None if chosen is None else chosen.cost,
                 kl=quality.agreement.kl,
                 kl_stderr=quality.agreement.kl_stderr,
                 perplexity=quality.perplexity,
                 seconds=round(time.process_time() - begin, 1),
             )
+
+
+def stored_bits(plan, weights: dict[str, int]) -> float:
+    """Bits of the modules that a budget counts, scales and zero points with them."""
+    found = 0.0
+    for module in plan.spec.modules():
+        if module.name in weights:
+            scheme = plan.schemes[module.name]
+            each = 16 if scheme is None else scheme.bits_per_weight(module.out_features, module.in_features)
+            found += each * weights[module.name]
+    return found
 
 
 def predictions(args: argparse.Namespace, table_of, candidates, means: Means) -> None:
@@ -93,6 +109,7 @@ def predictions(args: argparse.Namespace, table_of, candidates, means: Means) ->
                 Path(folder) / "out",
                 recipe=means.recipe,
                 calibration=means.calibration,
+                dtype=means.dtype,
             )
         loss = {m.name: m.loss for record in result.records for m in record.modules}
         predicted = [row.cost[column] / row.facts["slope"] / row.facts["share"] for row in table.rows]
@@ -140,6 +157,7 @@ def main() -> None:
     parser.add_argument("--formats", default=INTEGERS)
     parser.add_argument("--methods", default="uniform,sensitivity,alpha,utilization,random")
     parser.add_argument("--engine")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bf16", "fp16", "fp32"))
     parser.add_argument("--tables", type=Path, default=Path("tables"))
     parser.add_argument("--ranks", help="formats whose predicted losses are held against a GPTQ run: int2,int3")
     parser.add_argument("--solver", action="store_true")
@@ -151,7 +169,7 @@ def main() -> None:
     prepared = prepare(args.model, Plan.from_shorthand("bf16"))
     widths = {m.in_features for m in prepared.spec.modules() if m.quantizable_by_default}
     candidates = parse_candidates(args.formats, widths)
-    means = Means(Calibration(args.calib, args.nsamples, args.seqlen), Recipe(), torch.device("cpu"))
+    means = Means(Calibration(args.calib, args.nsamples, args.seqlen), Recipe(), torch.device("cpu"), args.dtype)
 
     def table_of(strategy: Strategy):
         return error_table(prepared, strategy, candidates, means, args.tables / f"{strategy.value}.json")
