@@ -15,10 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from alphaquant.checkpoint import resolve_model
-from alphaquant.pipeline import Calibration, evaluate_checkpoint, prepare, quantize_checkpoint
-from alphaquant.plan import Plan
-from alphaquant.solver import Recipe
+import alphaquant
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default=str(files("alphaquant") / "data" / "demo-model"), help="directory or hub id")
@@ -26,7 +23,6 @@ parser.add_argument("--scheme", default="int3:g64")
 parser.add_argument("--nsamples", type=int, default=64)
 parser.add_argument("--seqlen", type=int, default=256)
 args = parser.parse_args()
-directory = resolve_model(args.model)
 
 with TemporaryDirectory() as scratch:
     folder = Path(scratch)
@@ -37,14 +33,10 @@ with TemporaryDirectory() as scratch:
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     for name, source in (("the bundled text", "bundled"), ("text of its own kind", str(folder / "own.jsonl"))):
         out = folder / Path(source).stem
-        quantize_checkpoint(
-            prepare(directory, Plan.from_shorthand(args.scheme)),
-            out,
-            recipe=Recipe(),
-            calibration=Calibration(source, num_samples=args.nsamples, seqlen=args.seqlen),
-        )
+        calibration = alphaquant.Calibration(source, num_samples=args.nsamples, seqlen=args.seqlen)
+        alphaquant.quantize(args.model, out, args.scheme, calibration=calibration)
         held_out = str(folder / "held-out.jsonl")
-        quality = evaluate_checkpoint(out, data=held_out, seqlen=args.seqlen, max_windows=40, against=directory)
+        quality = alphaquant.evaluate(out, data=held_out, seqlen=args.seqlen, windows=40, against=args.model)
         agreement = quality.agreement
         print(f"calibrated on {name}: perplexity {quality.perplexity:.2f}", end=", ")
         print(f"original {agreement.original_perplexity:.2f}, KL {agreement.kl:.4f} ± {agreement.kl_stderr:.4f}")

@@ -12,10 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from alphaquant.checkpoint import resolve_model
-from alphaquant.pipeline import Calibration, evaluate_tasks, prepare, quantize_checkpoint
-from alphaquant.plan import Plan
-from alphaquant.solver import Recipe
+import alphaquant
 
 # Which of two words goes on? Sentences of the text that the bundled model was trained on the like of.
 QUESTIONS = [
@@ -50,7 +47,6 @@ parser.add_argument("--tasks", default="next_word", help="names, with commas bet
 parser.add_argument("--limit", type=int, help="at most so many examples of each task")
 parser.add_argument("--nsamples", type=int, default=32)
 args = parser.parse_args()
-directory = resolve_model(args.model)
 
 with TemporaryDirectory() as scratch:
     folder = Path(scratch)
@@ -61,13 +57,9 @@ with TemporaryDirectory() as scratch:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "next_word.yaml").write_text(TASK.replace("FILE", str(folder / "rows.jsonl")))
     out = folder / "out"
-    quantize_checkpoint(
-        prepare(directory, Plan.from_shorthand(args.scheme)),
-        out,
-        recipe=Recipe(),
-        calibration=Calibration("bundled", num_samples=args.nsamples, seqlen=256),
-    )
-    for name, path in (("original", directory), (args.scheme, out)):
-        for metric in evaluate_tasks(path, args.tasks.split(","), limit=args.limit, task_path=folder):
+    calibration = alphaquant.Calibration("bundled", num_samples=args.nsamples, seqlen=256)
+    alphaquant.quantize(args.model, out, args.scheme, calibration=calibration)
+    for name, path in (("original", args.model), (args.scheme, out)):
+        for metric in alphaquant.evaluate_tasks(path, args.tasks.split(","), limit=args.limit, task_path=folder):
             error = "" if metric.stderr is None else f" ± {metric.stderr:.3f}"
             print(f"{name}: {metric.task} {metric.metric} {metric.value:.3f}{error}")

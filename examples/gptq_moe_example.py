@@ -18,7 +18,6 @@ import alphaquant
 from alphaquant.calibration import calibration_tokens, load_tokenizer
 from alphaquant.checkpoint import resolve_model
 from alphaquant.gptq import GPTQConfig, detect_moe_architecture, gptq_quantize_model
-from alphaquant.pipeline import evaluate_checkpoint
 
 MIXED = {
     "default": {"wq": "int4", "group_size": 64},
@@ -74,7 +73,7 @@ for name, quantized in sorted(experts.items(), key=lambda item: item[1].tokens)[
 with TemporaryDirectory() as folder:
     out = args.out or Path(folder) / "quantized"
     alphaquant.export(quantizers, out, model=model, original=directory)
-    quality = evaluate_checkpoint(out, data=args.calib, seqlen=args.seqlen, max_windows=40, against=directory)
+    quality = alphaquant.evaluate(out, data=args.calib, seqlen=args.seqlen, windows=40, against=directory)
     print(f"perplexity {quality.perplexity:.3f}, original {quality.agreement.original_perplexity:.3f}")
     prompt = torch.tensor([tokenizer.encode("The state of the Union is")])
     print(tokenizer.decode(alphaquant.load(out).generate(prompt, 24)[0].tolist()))

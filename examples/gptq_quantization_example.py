@@ -15,7 +15,6 @@ import alphaquant
 from alphaquant.calibration import calibration_tokens, load_tokenizer
 from alphaquant.checkpoint import resolve_model
 from alphaquant.gptq import GPTQConfig, gptq_quantize_model, rtn_quantize_model
-from alphaquant.pipeline import evaluate_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default=str(files("alphaquant") / "data" / "demo-model"), help="directory or hub id")
@@ -51,7 +50,7 @@ with TemporaryDirectory() as folder:
             )
         out = Path(folder) / name
         alphaquant.export(quantizers, out, model=model, original=directory)
-        quality = evaluate_checkpoint(
-            out, data=args.calib, seqlen=args.seqlen, max_windows=40, against=directory, device="cpu"
+        quality = alphaquant.evaluate(
+            out, data=args.calib, seqlen=args.seqlen, windows=40, against=directory, device="cpu"
         )
         print(f"{name}: perplexity {quality.perplexity:.3f}, original {quality.agreement.original_perplexity:.3f}")

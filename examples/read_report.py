@@ -10,11 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from alphaquant.pipeline import Calibration, evaluate_checkpoint, keep_quality, prepare, quality_facts
-from alphaquant.pipeline import quantize_checkpoint as quantize
-from alphaquant.plan import Plan
-from alphaquant.report import write_report
-from alphaquant.solver import Recipe
+import alphaquant
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("out", nargs="?", type=Path, help="directory that `alphaquant quantize` made")
@@ -24,11 +20,10 @@ args = parser.parse_args()
 
 def bundled_run(out: Path) -> None:
     """Quantize the bundled model into `out`, and measure it."""
-    model = Path(str(files("alphaquant") / "data" / "demo-model"))
-    calibration = Calibration("bundled", num_samples=args.nsamples, seqlen=256)
-    quantize(prepare(model, Plan.from_shorthand("int3:g64")), out, recipe=Recipe(), calibration=calibration)
-    quality = evaluate_checkpoint(out, data="bundled", seqlen=256, max_windows=20, against=model)
-    keep_quality(out, "bundled", quality_facts(quality))
+    model = str(files("alphaquant") / "data" / "demo-model")
+    calibration = alphaquant.Calibration("bundled", num_samples=args.nsamples, seqlen=256)
+    alphaquant.quantize(model, out, "int3:g64", calibration=calibration)
+    alphaquant.evaluate(out, data="bundled", seqlen=256, windows=20, against=model)  # which keeps it beside the records
 
 
 with TemporaryDirectory() as scratch:
@@ -55,4 +50,4 @@ with TemporaryDirectory() as scratch:
     for path in sorted((notes / "quality").glob("*.json")):
         quality = json.loads(path.read_text())
         print(f"{path.stem}: perplexity {quality['perplexity']:.3f} ± {quality['stderr']:.3f}, KL {quality['kl']:.4f}")
-    print("drawn:", ", ".join(path.name for path in write_report(out, Path(scratch))))
+    print("drawn:", ", ".join(path.name for path in alphaquant.report(out, output=scratch)))

@@ -11,11 +11,8 @@ from pathlib import Path
 
 from vllm import LLM, SamplingParams
 
-from alphaquant.checkpoint import resolve_model
+import alphaquant
 from alphaquant.engines import profile_of
-from alphaquant.pipeline import Calibration, Serving, prepare, quantize_checkpoint
-from alphaquant.plan import Plan
-from alphaquant.solver import Recipe
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default=str(files("alphaquant") / "data" / "demo-model"), help="directory or hub id")
@@ -28,14 +25,13 @@ parser.add_argument("--out", type=Path, required=True)
 parser.add_argument("--prompt", default="The state of the Union is")
 args = parser.parse_args()
 
-prepared = prepare(resolve_model(args.model), Plan.from_shorthand(args.scheme))
-serving = Serving(profile_of("vllm"), tp=args.tp)
-quantize_checkpoint(
-    prepared,
+alphaquant.quantize(
+    args.model,
     args.out,
-    recipe=Recipe(),
-    calibration=Calibration(args.calib, num_samples=args.nsamples, seqlen=args.seqlen),
-    layout=serving.layout(prepared, None),  # an error lists what vLLM would not take, before anything is computed
+    args.scheme,
+    calibration=alphaquant.Calibration(args.calib, num_samples=args.nsamples, seqlen=args.seqlen),
+    # an error lists what vLLM would not take, before anything is computed
+    serving=alphaquant.Serving(profile_of("vllm"), tp=args.tp),
 )
 llm = LLM(str(args.out), tensor_parallel_size=args.tp, max_model_len=512, enforce_eager=True)
 (answer,) = llm.generate([args.prompt], SamplingParams(temperature=0.0, max_tokens=24))

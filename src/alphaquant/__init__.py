@@ -8,7 +8,7 @@ a model in memory, and `alphaquant.gptq` quantizes one there. The rooms whose na
 from importlib.metadata import version
 
 from alphaquant.allocation import Search
-from alphaquant.api import PlannedModel, evaluate, export, plan, quantize, report
+from alphaquant.api import PlannedModel, evaluate, evaluate_tasks, export, plan, quantize, report
 from alphaquant.errors import AlphaQuantError
 from alphaquant.gptq import GPTQConfig
 from alphaquant.pipeline import Calibration, Serving, load
@@ -25,6 +25,7 @@ __all__ = [
     "Serving",
     "__version__",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "load",
     "plan",

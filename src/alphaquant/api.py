@@ -37,6 +37,7 @@ from alphaquant.pipeline import (
     silent,
     torch_device,
 )
+from alphaquant.pipeline import evaluate_tasks as run_tasks
 from alphaquant.plan import Plan
 from alphaquant.report import write_comparison, write_report
 from alphaquant.solver import Method, Recipe
@@ -51,10 +52,10 @@ if TYPE_CHECKING:
     from alphaquant.engines import Violation
     from alphaquant.evaluation import Quality
     from alphaquant.gptq import QuantizedModule
-    from alphaquant.pipeline import KindSize, Prepared, Progress, QuantizeResult
+    from alphaquant.pipeline import KindSize, Metric, Prepared, Progress, QuantizeResult
     from alphaquant.plan import ResolvedPlan
 
-__all__ = ["PlannedModel", "evaluate", "export", "plan", "quantize", "report"]
+__all__ = ["PlannedModel", "evaluate", "evaluate_tasks", "export", "plan", "quantize", "report"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +261,46 @@ def evaluate(
     )
     keep_quality(path, Path(data).stem, quality_facts(quality) | {"weights": "quantized", "data": data})
     return quality
+
+
+def evaluate_tasks(
+    directory: str | Path,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    fewshot: int | None = None,
+    task_path: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str = "auto",
+) -> list[Metric]:
+    """Run tasks of lm-eval (`pip install 'alphaquant-moe[eval]'`) on a checkpoint.
+
+    Args:
+        directory: checkpoint directory, original or quantized, or hub id.
+        tasks: names as lm-eval knows them.
+        limit: at most so many examples of each task.
+        fewshot: solved examples in each prompt; None: as many as the task says.
+        task_path: directory of task files of your own.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        dtype: `auto`, `bf16`, `fp16` or `fp32`.
+
+    Returns:
+        For each task and metric its `value` and, where the harness has one, its `stderr`.
+
+    Raises:
+        AlphaQuantError: lm-eval is missing or knows no such task, or what is wrong with the checkpoint.
+    """
+    if isinstance(tasks, str):
+        raise ConfigError(f"tasks is {tasks!r}", remedy=f"give a list: {[part.strip() for part in tasks.split(',')]}")
+    return run_tasks(
+        resolve_model(directory),
+        tasks,
+        limit=limit,
+        fewshot=fewshot,
+        task_path=None if task_path is None else Path(task_path),
+        device=torch_device(device),
+        dtype=dtype,
+    )
 
 
 @overload
