@@ -92,11 +92,14 @@ def test_quickstart_runs_from_top_to_bottom(tmp_path: Path) -> None:
 
 
 def shape(page: str) -> list[str]:
-    """What must be the same in every language: code without its comments, and the levels of headings."""
+    """What must be the same in every language: code without its comments, levels of headings, names, and links."""
     text = (ROOT / page).read_text(encoding="utf-8")
     code = re.findall(r"```.*?```", text, re.DOTALL)
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    return [*(re.sub(r"\s+# .*", "", block) for block in code), *re.findall(r"^#+", prose, re.MULTILINE)]
+    names = sorted({" ".join(name.split()) for name in re.findall(r"`([^`]+)`", prose)})
+    links = sorted(link for link in re.findall(r"\]\(([^)]+)\)", prose) if link not in (README, CHINESE))
+    headings = re.findall(r"^#+", prose, re.MULTILINE)
+    return [*(re.sub(r"\s+# .*", "", block) for block in code), *headings, *names, *links]
 
 
 def test_the_chinese_readme_says_the_same() -> None:
