@@ -60,12 +60,6 @@ def rounding_by_weight(decoder, schemes):
     return linear, set(activations.values())
 
 
-def product_by_product(monkeypatch, linear):
-    """Let a model compute every product, of experts too, by this function."""
-    monkeypatch.setattr("alphaquant.models.linear._can_group", lambda *_: False)
-    monkeypatch.setattr(F, "linear", linear)
-
-
 @pytest.fixture(scope="module")
 def run(olmoe, text, tmp_path_factory):
     out = tmp_path_factory.mktemp("rounded") / "out"
@@ -83,7 +77,7 @@ def test_what_is_loaded_rounds_as_its_plan_says(run, olmoe, monkeypatch):
     unrounded = expected.logits(ids)
     linear, used = rounding_by_weight(expected, schemes)
     assert used == set(Activation)
-    product_by_product(monkeypatch, linear)
+    monkeypatch.setattr(F, "linear", linear)
     rounded = expected.logits(ids)
     monkeypatch.undo()
     # a last bit of difference may tip an input over to the next step, and with it what follows of its sequence
@@ -96,7 +90,7 @@ def test_the_quantized_stream_is_what_will_be_served(run, olmoe, monkeypatch):
     _, spy = run
     decoder = replaced(original(olmoe), spy.quantized)
     linear, _ = rounding_by_weight(decoder, {name: q.scheme for name, q in spy.quantized.items()})
-    product_by_product(monkeypatch, linear)
+    monkeypatch.setattr(F, "linear", linear)
     rope = rope_for(decoder.spec, spy.before[0].shape[1], "cpu")
     for layer, weights in enumerate(decoder.layers):
         x = attention_half(spy.before[layer], weights, decoder.spec, layer, rope)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["LayerWeights", "as_served", "expert_linear", "linear"]
 
 _GROUPED = (torch.bfloat16, torch.float16, torch.float32)
+_EXACT_ROWS, _ROWS = 256, 64  # so many numbers of rows are computed as they are; beyond, multiples
 
 LayerWeights = dict[str, Tensor]
 """A layer's weights by `Parameter.key`."""
@@ -86,18 +87,27 @@ def _product(x_RI: Tensor, w_OI: Tensor, bias_O: Tensor | None, activation: Acti
 
 
 def _by_expert(x_RI: Tensor, counts_E: Tensor, w_EOI: Tensor) -> Tensor:
-    """Each row times the weight of its expert `[R, O]`; rows are sorted by expert."""
+    """Each row times the weight of its expert `[R, O]`; rows are sorted by expert.
+
+    On a CPU an expert is given a few rows of its neighbours along, and what it makes of them is dropped: the library
+    compiles and keeps a kernel for each new number of rows, which costs more time and memory than the rows do.
+    """
     if _can_group(x_RI, w_EOI):
         return F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=counts_E.cumsum(0, dtype=torch.int32))
-    parts = zip(x_RI.split(counts_E.tolist()), w_EOI.unbind(), strict=True)
-    return torch.cat([F.linear(rows, w_OI) for rows, w_OI in parts])
+    stop, parts = 0, []
+    for count, w_OI in zip(counts_E.tolist(), w_EOI.unbind(), strict=True):
+        start, stop = stop, stop + count
+        rows = count if count <= _EXACT_ROWS else -(-count // _ROWS) * _ROWS
+        begin = max(0, min(start, x_RI.shape[0] - rows))
+        parts.append(F.linear(x_RI[begin : begin + rows], w_OI)[start - begin : stop - begin])
+    return torch.cat(parts)
 
 
 def _can_group(x_RI: Tensor, w_EOI: Tensor) -> bool:
-    """Whether the library has one product for all experts (torch 2.10), for these types, sizes and places."""
-    if not hasattr(F, "grouped_mm") or x_RI.dtype not in _GROUPED or not len(x_RI):
+    """Whether a GPU has one product for all experts (torch 2.10), for these types, sizes and places."""
+    if not hasattr(F, "grouped_mm") or x_RI.dtype not in _GROUPED or not len(x_RI) or x_RI.device.type != "cuda":
         return False
-    if x_RI.device.type == "cuda" and torch.cuda.get_device_capability(x_RI.device) < (8, 0):
+    if torch.cuda.get_device_capability(x_RI.device) < (8, 0):
         return False
     places = (x_RI.data_ptr(), w_EOI.data_ptr(), *(size * x_RI.itemsize for size in w_EOI.shape[1:]))
     return all(place % 16 == 0 for place in places)

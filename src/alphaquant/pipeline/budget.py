@@ -33,6 +33,7 @@ __all__ = ["MemoryPlan", "common_limits", "free_memory", "parse_bytes", "plan_me
 _COPIES = 14  # fp32 arrays of the weights being solved that are alive together: measured, benchmarks/memory.py
 _HESSIAN_COPIES = 6  # of the Hessians being factorised
 _WORKSPACES = tuple(WORKSPACE_WEIGHTS >> shift for shift in (0, 2, 4))
+_KERNEL_BYTES = 160 << 20  # what a CPU's library keeps of kernels compiled for each size: measured, tiny-olmoe
 _SHARE_OF_FREE = 0.9
 _SLACK = 0.1  # of the parts' sum: what the allocator keeps between them
 
@@ -157,6 +158,8 @@ def _plan(
     kinds = _distinct_layers(spec, schemes)
     outer = _layer_weights(spec.outer_parameters())
     parts = {"imports and buffers": base_bytes, "embedding and head": outer * dtype.itemsize}
+    if tokens is not None and base_bytes:  # on a CPU
+        parts["compiled kernels"] = _KERNEL_BYTES
     if tokens is not None and not holds_stream:
         parts["activations between layers"] = tokens[0] * tokens[1] * spec.hidden_size * dtype.itemsize
     parts["weights of a layer"] = max(_layer_weights(kind) for kind, _ in kinds) * dtype.itemsize
