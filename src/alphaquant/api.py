@@ -23,15 +23,13 @@ from alphaquant.pipeline import (
     Serving,
     check_output,
     check_single_file,
-    evaluate_checkpoint,
     export_checkpoint,
     json_log,
     keep_costs,
-    keep_quality,
+    measure_quality,
     parse_bytes,
     plan_sizes,
     prepare,
-    quality_facts,
     quantize_checkpoint,
     save_single_file,
     silent,
@@ -227,6 +225,7 @@ def evaluate(
     seqlen: int = 2048,
     windows: int | None = None,
     against: str | Path | None = None,
+    rtn: bool = False,
     device: str | torch.device = "auto",
     dtype: str = "auto",
     progress: Progress = silent,
@@ -241,6 +240,7 @@ def evaluate(
         seqlen: tokens in a window.
         windows: at most so many of them.
         against: the original, to compare with token for token.
+        rtn: with `against`: also measure plain rounding at the same plan, which is kept in the directory, too.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         dtype: `auto`, `bf16`, `fp16` or `fp32`.
         progress: is told what happens.
@@ -248,19 +248,17 @@ def evaluate(
     Raises:
         AlphaQuantError: what is wrong with checkpoint, text or device.
     """
-    path = resolve_model(directory)
-    quality = evaluate_checkpoint(
-        path,
+    return measure_quality(
+        resolve_model(directory),
         data=data,
         seqlen=seqlen,
-        max_windows=windows,
+        windows=windows,
         against=None if against is None else resolve_model(against),
+        rtn=rtn,
         device=torch_device(device),
         dtype=dtype,
         progress=progress,
-    )
-    keep_quality(path, Path(data).stem, quality_facts(quality) | {"weights": "quantized", "data": data})
-    return quality
+    ).found
 
 
 def evaluate_tasks(

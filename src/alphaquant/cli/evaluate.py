@@ -10,17 +10,7 @@ import typer
 from alphaquant.checkpoint import resolve_model
 from alphaquant.cli.options import DeviceOpt, DType, DTypeOpt, JsonOpt, QuietOpt, print_json
 from alphaquant.errors import ConfigError
-from alphaquant.evaluation import Quality
-from alphaquant.pipeline import (
-    evaluate_checkpoint,
-    evaluate_tasks,
-    keep_quality,
-    plan_of,
-    prepare,
-    quality_facts,
-    rounded_quality,
-    torch_device,
-)
+from alphaquant.pipeline import evaluate_tasks, measure_quality, quality_facts, torch_device
 from alphaquant.terminal import print_quality, print_tasks, progress_bar
 
 __all__ = ["evaluate"]
@@ -50,7 +40,7 @@ def evaluate(
     run_device = torch_device(device)
     if tasks is not None:
         names = [name for name in (part.strip() for part in tasks.split(",")) if name]
-        found = evaluate_tasks(
+        metrics = evaluate_tasks(
             resolve_model(directory),
             names,
             limit=limit,
@@ -59,43 +49,29 @@ def evaluate(
             device=run_device,
             dtype=dtype.value,
         )
-        print_json({"tasks": [metric._asdict() for metric in found]}) if as_json else print_tasks(found)
+        print_json({"tasks": [metric._asdict() for metric in metrics]}) if as_json else print_tasks(metrics)
         return
     for option, given in (("--limit", limit), ("--fewshot", fewshot), ("--task-path", task_path)):
         if given is not None:
             raise ConfigError(f"{option} was given without tasks", remedy="add --tasks NAME,NAME")
     if rtn and against is None:
         raise ConfigError("--rtn was given without an original", remedy="add --against MODEL")
-    original = None if against is None else resolve_model(against)
     with progress_bar("evaluating", quiet=quiet or as_json) as progress:
-
-        def measure(path: Path) -> Quality:
-            return evaluate_checkpoint(
-                path,
-                data=data,
-                seqlen=seqlen,
-                max_windows=windows,
-                against=original,
-                device=run_device,
-                dtype=dtype.value,
-                progress=progress,
-            )
-
-        model = resolve_model(directory)
-        plan = plan_of(model) if rtn else None
-        results = {"": measure(model)}
-        if plan is not None and original is not None:
-            prepared = prepare(original, plan)
-            results["rtn"] = rounded_quality(
-                prepared, measure, device=str(run_device), dtype=dtype.value, progress=progress
-            )
-    facts = {name: quality_facts(quality) for name, quality in results.items()}
-    for name, found_facts in facts.items():
-        stem = "-".join(part for part in (Path(data).stem, name) if part)
-        label = {"weights": "round to nearest" if name else "quantized", "data": data}
-        keep_quality(model, stem, found_facts | label)
+        found = measure_quality(
+            resolve_model(directory),
+            data=data,
+            seqlen=seqlen,
+            windows=windows,
+            against=None if against is None else resolve_model(against),
+            rtn=rtn,
+            device=run_device,
+            dtype=dtype.value,
+            progress=progress,
+        )
     if as_json:
-        print_json(facts[""] | {name: found_facts for name, found_facts in facts.items() if name})
+        rounded = {} if found.rounded is None else {"rtn": quality_facts(found.rounded)}
+        print_json(quality_facts(found.found) | rounded)
         return
-    for name, quality in results.items():
-        print_quality(f"{directory} rounded to nearest" if name else str(directory), quality)
+    print_quality(str(directory), found.found)
+    if found.rounded is not None:
+        print_quality(f"{directory} rounded to nearest", found.rounded)

@@ -7,13 +7,13 @@ from alphaquant.pipeline.distributed import Team, join
 from alphaquant.pipeline.evaluate import evaluate_checkpoint, load
 from alphaquant.pipeline.log import json_log
 from alphaquant.pipeline.manifest import Problem, check_shards
+from alphaquant.pipeline.measure import measure_quality
 from alphaquant.pipeline.memory import HeldModel, QuantizedModule, export_held, hold, quantize_held
 from alphaquant.pipeline.quality import (
     COSTS,
     QUALITY,
     keep_costs,
     keep_quality,
-    plan_of,
     quality_facts,
     rounded_quality,
 )
@@ -79,10 +79,10 @@ __all__ = [
     "keep_costs",
     "keep_quality",
     "load",
+    "measure_quality",
     "measure_routing",
     "parse_bytes",
     "peak_memory_bytes",
-    "plan_of",
     "plan_sizes",
     "planned_layout",
     "prepare",
