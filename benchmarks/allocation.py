@@ -119,7 +119,6 @@ def predictions(args: argparse.Namespace, table_of, candidates, means: Means) ->
             modules=len(measured),
             rank_correlation=correlation(predicted, measured),
             gptq_seconds=round(time.process_time() - begin, 1),
-            table_seconds=table.settings["seconds"],
         )
     alphas = {row.name: row.facts.get("alpha") for row in table_of(Strategy.ALPHA).rows}
     known = [row for row in table.rows if alphas[row.name] is not None]
@@ -172,7 +171,12 @@ def main() -> None:
     means = Means(Calibration(args.calib, args.nsamples, args.seqlen), Recipe(), torch.device("cpu"), args.dtype)
 
     def table_of(strategy: Strategy):
-        return error_table(prepared, strategy, candidates, means, args.tables / f"{strategy.value}.json")
+        file = args.tables / f"{strategy.value}.json"
+        is_new, begin = not file.exists(), time.process_time()
+        table = error_table(prepared, strategy, candidates, means, file)
+        if is_new:
+            say(table=strategy.value, seconds=round(time.process_time() - begin, 1))
+        return table
 
     if args.ranks:
         predictions(args, table_of, candidates, means)
