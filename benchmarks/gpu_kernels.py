@@ -52,7 +52,7 @@ def quantized(w: Tensor, h: Tensor, scheme: Scheme, backend: Backend) -> Any:
     factor = factorize(h, torch.full((w.shape[0],), 0.01))
     damped = damp(h, torch.full((w.shape[0],), 0.01))
     start = solve(w, factor, scheme, search_scales(w, scheme), backend=backend)
-    return refine(w, damped, start, rounds=1, sweeps=1, backend=backend)
+    return refine(w, damped, start, sweeps=1, backend=backend)
 
 
 def main() -> None:

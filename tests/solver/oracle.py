@@ -156,36 +156,38 @@ def plain_rounding(matrix: Matrix) -> Tensor:
     return matrix.round(matrix.w, slice(None))
 
 
-def descend(matrix: Matrix, values: Tensor, h: Tensor, sweeps: int) -> Tensor:
-    """Coordinate descent (CDQuant): each column in turn gets its best values, the rest held fixed."""
-    values = values.clone()
-    for _ in range(sweeps):
-        for j in range(h.shape[0]):
-            q = values * matrix.step
-            pull = (matrix.w - q) @ h[:, j]
-            values[:, j] = matrix.round(q[:, j] + pull / h[j, j], j)
-    return values
-
-
-def refit(matrix: Matrix, values: Tensor, h: Tensor) -> Matrix:
-    """Group by group and row by row the scale of least loss for these values, in its storage type."""
-    assert matrix.scheme.format.scale is ScaleKind.MODEL
+def refine(matrix: Matrix, values: Tensor, h: Tensor, sweeps: int, *, codes: bool = True) -> tuple[Matrix, Tensor]:
+    """Group by group and row by row: the scale of least loss, in its storage type, then every code (CDQuant)."""
     size = h.shape[0]
     width = size if matrix.scheme.group_size == -1 else matrix.scheme.group_size
-    step = matrix.step.clone()
-    for start in range(0, size, width):
-        group = slice(start, start + width)
-        for row in range(values.shape[0]):
-            c = torch.zeros(size, dtype=torch.float64)
-            c[group] = values[row, group]
-            rest = matrix.w[row] - torch.where(c == 0, values[row] * step[row], 0.0)
-            curve = float(c @ h @ c)
-            if curve <= 0:
-                continue
-            best = float(c @ h @ rest) / curve
-            if abs(best / float(step[row, start]) - 1) < 0.5:
-                step[row, group] = torch.tensor(best).to(matrix.scheme.scale_dtype).double()
-    return replace(matrix, step=step)
+    matrix, values = replace(matrix, step=matrix.step.clone()), values.clone()
+    for _ in range(sweeps):
+        for start in range(0, size, width):
+            group = slice(start, start + width)
+            if matrix.scheme.format.scale is ScaleKind.MODEL:
+                for row in range(values.shape[0]):
+                    _refit(matrix, values, h, row, group)
+            for j in range(start, start + width) if codes else ():
+                q = values * matrix.step
+                pull = (matrix.w - q) @ h[:, j]
+                values[:, j] = matrix.round(q[:, j] + pull / h[j, j], j)
+    return matrix, values
+
+
+def _refit(matrix: Matrix, values: Tensor, h: Tensor, row: int, group: slice) -> None:
+    c = torch.zeros(h.shape[0], dtype=torch.float64)
+    c[group] = values[row, group]
+    error = matrix.w[row] - values[row] * matrix.step[row]
+    old, curve = float(matrix.step[row, group.start]), float(c @ h @ c)
+    if curve <= 0:
+        return
+    best = float(c @ h @ (error + c * old)) / curve
+    if abs(best / old - 1) >= 0.5:
+        return
+    new = torch.tensor(best).to(matrix.scheme.scale_dtype).double()
+    moved = error + c * (old - new)
+    if moved @ h @ moved < error @ h @ error:
+        matrix.step[row, group] = new
 
 
 def all_schemes(*groups: int) -> list[Scheme]:

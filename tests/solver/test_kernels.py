@@ -47,7 +47,7 @@ def walked(cols: Columns, feedback: Tensor, scheme: Scheme, start: int, end: int
 
 
 def descended(cols: Columns, q: Tensor, h: Tensor, scheme: Scheme, start: int, end: int) -> list[Tensor]:
-    """Coordinate descent, a column at a time: values, quantized weights, how far they moved."""
+    """Coordinate descent, a column at a time: values, quantized weights, how far they moved, on what gradients."""
     q, gradient, value = q.clone(), torch.bmm(h, cols.w_EIO - q), torch.zeros_like(q)
     moved = torch.zeros_like(q[:, start:end])
     for j in range(start, end):
@@ -57,7 +57,7 @@ def descended(cols: Columns, q: Tensor, h: Tensor, scheme: Scheme, start: int, e
         moved[:, j - start] = q[:, j] - new
         q[:, j] = new
         gradient[:, j + 1 : end] += h[:, j, j + 1 : end, None] * moved[:, j - start, None]
-    return [value, q, moved]
+    return [value, q, moved, gradient[:, start:end]]
 
 
 def same(found: list[Tensor], truth: list[Tensor]) -> bool:
@@ -80,9 +80,9 @@ def test_descent(scheme: Scheme) -> None:
     start_q = torch.stack([cols.round(cols.w_EIO[:, j], j, scheme) for j in range(COLUMNS)], 1) * cols.step_EIO
     for start, end in ((0, COLUMNS), (16, 29)):
         q, value = start_q.clone(), torch.zeros_like(start_q)
-        gradient = torch.bmm(h, cols.w_EIO - q)
+        gradient = torch.bmm(h, cols.w_EIO - q)[:, start:end].contiguous()
         moved = kernels.descend_block(gradient, q, cols, h, value, slice(start, end), scheme.format)
-        assert same([value, q, moved], descended(cols, start_q, h, scheme, start, end))
+        assert same([value, q, moved, gradient], descended(cols, start_q, h, scheme, start, end))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -89,7 +89,7 @@ def _solve_work(parameter: Parameter, recipe: Recipe, *, calibrated: bool) -> fl
     if not calibrated or recipe.method is Method.RTN:
         return math.prod(parameter.shape) * search
     spending = SPENDING[recipe.effort]
-    refine = spending.rounds * spending.sweeps * (9 * in_features + _REFINE)
+    refine = 2 * in_features + spending.sweeps * (2 * in_features + _REFINE)
     return math.prod(parameter.shape) * (search + spending.walks * (_WALK + in_features) + refine)
 
 

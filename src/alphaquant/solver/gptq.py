@@ -61,17 +61,14 @@ class Columns:
     zero_EIO: Tensor | None
 
     @classmethod
-    def of(cls, w_EOI: Tensor, scales: Scales, scheme: Scheme, order_EI: Tensor) -> Columns:
-        """Columns of a weight in the given order, each with the scale and zero point of its own group."""
-        in_features = w_EOI.shape[2]
+    def of(cls, w_EOI: Tensor, scales: Scales, scheme: Scheme, order_EI: Tensor | None = None) -> Columns:
+        """Columns of a weight in the given order, or their own, each with the scale and zero point of its group."""
+        num_experts, _, in_features = w_EOI.shape
+        if order_EI is None:
+            order_EI = torch.arange(in_features, device=w_EOI.device).expand(num_experts, -1)
         group_EI = order_EI // (in_features // scheme.num_groups(in_features))
-
-        def spread(x_EOG: Tensor, index_EI: Tensor) -> Tensor:
-            index = index_EI[:, :, None].expand(-1, -1, x_EOG.shape[1])
-            return x_EOG.transpose(1, 2).gather(1, index)
-
-        zero = None if scales.zero is None else spread(scales.zero.float(), group_EI)
-        return cls(spread(w_EOI.float(), order_EI), spread(scales.effective(), group_EI), zero)
+        zero = None if scales.zero is None else _columns(scales.zero.float(), group_EI)
+        return cls(_columns(w_EOI.float(), order_EI), _columns(scales.effective(), group_EI), zero)
 
     def round(self, target_EO: Tensor, column: int, scheme: Scheme) -> Tensor:
         """Grid values of one column's targets."""
@@ -155,10 +152,21 @@ def _halves(start: int, end: int) -> Iterator[tuple[int, int, int]]:
 
 def _collect(value_EIO: Tensor, scales: Scales, scheme: Scheme, order_EI: Tensor) -> QuantizedTensor:
     """Grid values in walking order to codes in natural order."""
-    restore = order_EI.argsort(1)[:, :, None].expand_as(value_EIO)
-    value_EOI = value_EIO.gather(1, restore).transpose(1, 2).contiguous()
+    value_EOI = _columns(value_EIO.transpose(1, 2), order_EI.argsort(1)).transpose(1, 2).contiguous()
     codes = encode_grouped(value_EOI, scales.zero, scheme)
     return QuantizedTensor(codes, scales.scale, scales.zero, scales.global_scale, scheme)
+
+
+def _columns(x_EOJ: Tensor, index_EI: Tensor) -> Tensor:
+    """The chosen columns of each expert, columns first: `[E, I, O]`, contiguous.
+
+    Rows are copied whole, expert by expert: several times as fast as gathering single numbers.
+    """
+    x_EJO = x_EOJ.transpose(1, 2).contiguous()
+    out_EIO = x_EJO.new_empty(*index_EI.shape, x_EJO.shape[2])
+    for x_JO, index_I, out_IO in zip(x_EJO, index_EI, out_EIO, strict=True):
+        torch.index_select(x_JO, 0, index_I, out=out_IO)
+    return out_EIO
 
 
 def encode_grouped(value_EOI: Tensor, zero_EOG: Tensor | None, scheme: Scheme) -> Tensor:

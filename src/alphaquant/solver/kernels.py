@@ -132,8 +132,9 @@ def _descend_kernel(
     column_B = tl.arange(0, COLUMNS)
     has_row, has_column = row_O < num_rows, column_B < width
     first = (expert * num_columns + start) * num_rows
-    tile = first + column_B[:, None] * num_rows + row_O[None, :]
-    gradient_BO = tl.load(gradient_ptr + tile, mask=has_column[:, None] & has_row[None, :], other=0.0)
+    tile = (expert * width + column_B[:, None]) * num_rows + row_O[None, :]
+    inside = has_column[:, None] & has_row[None, :]
+    gradient_BO = tl.load(gradient_ptr + tile, mask=inside, other=0.0)
     for j in range(width):
         at = first + j * num_rows + row_O
         curvature = h_ptr + (expert * num_columns + start + j) * num_columns + start
@@ -150,6 +151,7 @@ def _descend_kernel(
         tl.store(moved_ptr + (expert * width + j) * num_rows + row_O, old_O - new_O, mask=has_row)
         reach_B = tl.load(curvature + column_B, mask=has_column & (column_B > j), other=0.0)
         gradient_BO += reach_B[:, None] * (old_O - new_O)[None, :]
+    tl.store(gradient_ptr + tile, gradient_BO, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -224,7 +226,7 @@ def walk_block(
 
 
 def descend_block(
-    gradient_EIO: Tensor,
+    gradient_EBO: Tensor,
     q_EIO: Tensor,
     columns: Columns,
     h_EII: Tensor,
@@ -234,14 +236,14 @@ def descend_block(
 ) -> Tensor:
     """Coordinate descent over the columns of `cut`, of all experts and rows, in one launch; see `refine`.
 
-    Writes values and quantized weights of these columns; the gradient stays.
+    Writes values and quantized weights of these columns, and the gradient that each saw as it moved.
 
     Returns:
         How far they moved, `[E, B, O]` for B columns.
     """
     moved_EBO = torch.empty(q_EIO.shape[0], cut.stop - cut.start, q_EIO.shape[2], device=q_EIO.device)
     scales = (columns.step_EIO, _zero_pointer(columns))
-    tensors = (gradient_EIO, q_EIO, *scales, h_EII, value_EIO, moved_EBO)
+    tensors = (gradient_EBO, q_EIO, *scales, h_EII, value_EIO, moved_EBO)
     _launch(_descend_kernel, tensors, columns, cut, fmt)
     return moved_EBO
 

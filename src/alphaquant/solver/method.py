@@ -64,13 +64,11 @@ class Spending:
     Attributes:
         shifts: more walks with all scales shifted so many times `_SHIFT / 2^bits`, relatively.
         refits: more walks with the scales refitted to the best codes so far.
-        rounds: of refinement: scale refit, then sweeps.
-        sweeps: of coordinate descent in each round.
+        sweeps: of refinement: over all groups, scale first, then codes.
     """
 
     shifts: tuple[int, ...] = ()
     refits: int = 0
-    rounds: int = 0
     sweeps: int = 0
 
     @property
@@ -81,8 +79,8 @@ class Spending:
 
 SPENDING = {
     Effort.FAST: Spending(),
-    Effort.DEFAULT: Spending(shifts=(1,), refits=1, rounds=2, sweeps=1),
-    Effort.BEST: Spending(shifts=(1, -1), refits=3, rounds=3, sweeps=2),
+    Effort.DEFAULT: Spending(shifts=(1,), refits=1, sweeps=2),
+    Effort.BEST: Spending(shifts=(1, -1), refits=3, sweeps=6),
 }
 _SHIFT = 0.6
 
@@ -247,7 +245,7 @@ def _solve_rows(
         return solve(w_EOI, factor, scheme, start, recipe.block_size, recipe.backend)
     scales, spending = search_scales(w_EOI, scheme, global_scale_E=global_scale_E), SPENDING[recipe.effort]
     solution = _best_walk(w_EOI, damped_EII, factor, scheme, scales, recipe)
-    return refine(w_EOI, damped_EII, solution, rounds=spending.rounds, sweeps=spending.sweeps, backend=recipe.backend)
+    return refine(w_EOI, damped_EII, solution, sweeps=spending.sweeps, backend=recipe.backend)
 
 
 def _best_walk(

@@ -1,30 +1,31 @@
-"""After the walk: coordinate descent over codes, and closed-form scales for frozen codes.
+"""After the walk: closed-form scales for frozen codes, and coordinate descent over codes.
 
 Both lower `tr((W - Q) H (W - Q)ᵀ)` step by step. Shapes as in `gptq`: columns first, `[E, I, O]`, natural order.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from alphaquant.formats import ScaleKind, decode, dequantize, round_scale
+from alphaquant.formats import ScaleKind, decode, round_scale
 from alphaquant.solver.backend import Backend, kernels_for
-from alphaquant.solver.gptq import Columns, Solution, better_rows, encode_grouped
-from alphaquant.solver.rtn import hessian_loss
+from alphaquant.solver.gptq import Columns, Solution, encode_grouped
 from alphaquant.solver.scales import Scales
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import Tensor
 
-    from alphaquant.formats import QuantizedTensor, Scheme
+    from alphaquant.formats import QuantizedTensor
 
 __all__ = ["refine", "refit_scales"]
 
-_BLOCK = 32
-_KERNEL_BLOCK = 128
+_LEAF = 32  # columns whose moves reach each other one by one
+_BLOCK = 128  # columns that descend before the rest of the gradient follows
 
 
 def refine(
@@ -32,101 +33,153 @@ def refine(
     h_EII: Tensor,
     solution: Solution,
     *,
-    rounds: int,
     sweeps: int,
     backend: Backend = Backend.AUTO,
 ) -> Solution:
-    """`rounds` times: refit the scales to the codes (where the format allows it), then `sweeps` descents over codes.
+    """So many sweeps over the groups: refit the scale to the codes, where the format allows it, then the codes.
 
-    A row keeps what it had unless the loss really fell. Sources: CDQuant (Nair and Suggala 2024) for the descent;
-    the scale step is the least-squares optimum of one group with everything else fixed.
+    A scale or a code changes where that lowers the loss, by the amount that its square and its gradient foretell; so no
+    row gets worse, and one product with the Hessian at the beginning is the only one beyond what the changes cost.
+    Sources: CDQuant (Nair and Suggala 2024) for the descent; the scale step is the least-squares optimum of one group
+    with everything else fixed.
 
     Args:
         w_EOI: weights, not changed.
         h_EII: damped Hessians in natural column order.
-        solution: where to start from.
-        rounds: how often both steps alternate.
-        sweeps: passes over all columns in each round.
+        solution: where to start from; its loss is computed anew.
+        sweeps: passes over all groups.
         backend: what descends over the columns of a block.
     """
-    w_EOI = w_EOI.float()
-    best = replace(solution, loss_EO=_loss(w_EOI, solution.quantized, h_EII))
-    quantized = best.quantized
-    for _ in range(rounds):
-        if quantized.scheme.format.scale is ScaleKind.MODEL:
-            quantized = refit_scales(w_EOI, h_EII, quantized)
-        for _ in range(sweeps):
-            quantized = _descend(w_EOI, h_EII, quantized, backend)
-        best = better_rows(best, Solution(quantized, _loss(w_EOI, quantized, h_EII)))
-        quantized = best.quantized
-    return best
-
-
-def _loss(w_EOI: Tensor, quantized: QuantizedTensor, h_EII: Tensor) -> Tensor:
-    return hessian_loss(w_EOI - dequantize(quantized), h_EII)
-
-
-def _descend(w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor, backend: Backend) -> QuantizedTensor:
-    """One sweep: every code in turn becomes the best one given all others."""
-    scheme = quantized.scheme
-    scales = Scales(quantized.scale, quantized.zero, quantized.global_scale)
-    size = w_EOI.shape[2]
-    order = torch.arange(size, device=w_EOI.device).expand(w_EOI.shape[0], size)
-    columns = Columns.of(w_EOI, scales, scheme, order)
-    value_EIO = _values(quantized).transpose(1, 2).contiguous()
-    q_EIO = value_EIO * columns.step_EIO
-    gradient_EIO = torch.bmm(h_EII, columns.w_EIO - q_EIO)
-    inverse_EI = h_EII.diagonal(dim1=1, dim2=2).reciprocal()
+    state = _State.of(w_EOI, h_EII, solution.quantized)
+    loss_EO = ((state.columns.w_EIO - state.q_EIO) * state.gradient_EIO).sum(1)
     kernels = kernels_for(w_EOI, backend)
-    block = _BLOCK if kernels is None else _KERNEL_BLOCK
-    for start in range(0, size, block):
-        end = min(start + block, size)
-        if kernels is not None:
-            cut = slice(start, end)
-            moved_EBO = kernels.descend_block(gradient_EIO, q_EIO, columns, h_EII, value_EIO, cut, scheme.format)
-            gradient_EIO[:, end:].baddbmm_(h_EII[:, end:, cut], moved_EBO)
-            continue
-        local_EBO = gradient_EIO[:, start:end].clone()
-        moved_EBO = torch.empty_like(local_EBO)
-        for j in range(start, end):
-            target = torch.addcmul(q_EIO[:, j], local_EBO[:, j - start], inverse_EI[:, j, None])
-            value = columns.round(target, j, scheme)
-            new = value * columns.step_EIO[:, j]
-            step = torch.sub(q_EIO[:, j], new, out=moved_EBO[:, j - start])
-            value_EIO[:, j], q_EIO[:, j] = value, new
-            if j + 1 < end:
-                local_EBO[:, j - start + 1 :].addcmul_(h_EII[:, j, j + 1 : end, None], step[:, None])
-        gradient_EIO[:, end:].baddbmm_(h_EII[:, end:, start:end], moved_EBO)
-    codes = encode_grouped(value_EIO.transpose(1, 2).contiguous(), quantized.zero, scheme)
-    return replace(quantized, codes=codes)
+    for sweep in range(sweeps):
+        for cut in state.cuts():
+            local_EBO = state.gradient_EIO[:, cut].clone()
+            moved_EBO = torch.zeros_like(local_EBO)
+            if state.fits:
+                loss_EO += state.refit(cut, local_EBO, moved_EBO)
+            loss_EO += state.descend(cut, local_EBO, moved_EBO, kernels)
+            # after the last sweep nobody asks what came before
+            state.push(cut, moved_EBO, cut.stop if sweep == sweeps - 1 else 0)
+    return Solution(state.quantized(), loss_EO)
 
 
 def refit_scales(w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor) -> QuantizedTensor:
     """Group by group the scale of least loss for the codes as they are, rounded to its storage type."""
-    scheme = quantized.scheme
-    num_groups = quantized.scale.shape[-1]
-    value_EGNO = _values(quantized).transpose(1, 2).contiguous().unflatten(1, (num_groups, -1))
-    width = value_EGNO.shape[2]
-    error_EIO = (w_EOI - dequantize(quantized)).transpose(1, 2)
-    gradient_EIO = torch.bmm(h_EII, error_EIO)
-    scale_EGO = quantized.scale.transpose(1, 2).contiguous()
-    for g in range(num_groups):
-        cut = slice(g * width, (g + 1) * width)
-        value_ENO = value_EGNO[:, g]
-        slope_EO = (value_ENO * gradient_EIO[:, cut]).sum(1)
-        curve_EO = (value_ENO * torch.bmm(h_EII[:, cut, cut], value_ENO)).sum(1)
-        wanted = scale_EGO[:, g] + torch.where(curve_EO > 0, slope_EO / curve_EO, 0.0)
+    state = _State.of(w_EOI, h_EII, quantized)
+    for cut in state.cuts():
+        moved_EBO = torch.zeros_like(state.gradient_EIO[:, cut])
+        state.refit(cut, state.gradient_EIO[:, cut], moved_EBO)
+        state.push(cut, moved_EBO, cut.stop)
+    return replace(quantized, scale=state.scale_EGO.transpose(1, 2).contiguous())
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    """A quantized weight under change: grid values, quantized weights, scales, and the gradient `H (W - Q)`."""
+
+    start: QuantizedTensor
+    h_EII: Tensor
+    columns: Columns
+    value_EIO: Tensor
+    q_EIO: Tensor
+    gradient_EIO: Tensor
+    scale_EGO: Tensor
+
+    @classmethod
+    def of(cls, w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor) -> _State:
+        scales = Scales(quantized.scale, quantized.zero, quantized.global_scale)
+        columns = Columns.of(w_EOI, scales, quantized.scheme)
+        value_EIO = _values(quantized).transpose(1, 2).contiguous()
+        q_EIO = value_EIO * columns.step_EIO
+        gradient_EIO = torch.bmm(h_EII, columns.w_EIO - q_EIO)
+        scale_EGO = quantized.scale.transpose(1, 2).contiguous()
+        return cls(quantized, h_EII, columns, value_EIO, q_EIO, gradient_EIO, scale_EGO)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a scale can take any value: neither a power of two nor a share of another scale."""
+        return self.start.scheme.format.scale is ScaleKind.MODEL
+
+    def cuts(self) -> list[slice]:
+        """Columns that are changed together: a group where scales are refitted, else a block."""
+        size = self.q_EIO.shape[1]
+        width = size // self.scale_EGO.shape[1] if self.fits else _BLOCK
+        return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+
+    def push(self, cut: slice, moved_EBO: Tensor, start: int) -> None:
+        """What the columns of `cut` moved by reaches the gradient from column `start` on."""
+        self.gradient_EIO[:, start:].baddbmm_(self.h_EII[:, start:, cut], moved_EBO)
+
+    def refit(self, cut: slice, local_EBO: Tensor, moved_EBO: Tensor) -> Tensor:
+        """The group's best scale, and what it changes the loss by; `local` is the group's gradient, kept up to date."""
+        group = cut.start // (cut.stop - cut.start)
+        old_EO, value_EBO = self.scale_EGO[:, group], self.value_EIO[:, cut]
+        curved_EBO = torch.bmm(self.h_EII[:, cut, cut], value_EBO)
+        slope_EO, curve_EO = (value_EBO * local_EBO).sum(1), (value_EBO * curved_EBO).sum(1)
+        wanted_EO = old_EO + torch.where(curve_EO > 0, slope_EO / curve_EO, 0.0)
         # a fit to a few codes may ask for a sign change or a blow-up: the codes would no longer be the nearest ones
-        wanted = torch.where((wanted / scale_EGO[:, g] - 1).abs() < 0.5, wanted, scale_EGO[:, g])
-        new = round_scale(wanted, scheme)
-        gradient_EIO.baddbmm_(h_EII[:, :, cut], value_ENO * (scale_EGO[:, g] - new)[:, None])
-        scale_EGO[:, g] = new
-    return replace(quantized, scale=scale_EGO.transpose(1, 2).contiguous())
+        wanted_EO = torch.where((wanted_EO / old_EO - 1).abs() < 0.5, wanted_EO, old_EO)
+        new_EO = round_scale(wanted_EO, self.start.scheme)
+        less_EO = old_EO - new_EO
+        change_EO = less_EO * (2 * slope_EO + less_EO * curve_EO)
+        new_EO, less_EO = torch.where(change_EO < 0, new_EO, old_EO), torch.where(change_EO < 0, less_EO, 0.0)
+        moved_EBO.addcmul_(value_EBO, less_EO[:, None])
+        local_EBO.addcmul_(curved_EBO, less_EO[:, None])
+        self.scale_EGO[:, group], self.columns.step_EIO[:, cut] = new_EO, new_EO[:, None]
+        torch.mul(value_EBO, new_EO[:, None], out=self.q_EIO[:, cut])
+        return change_EO.clamp_max(0)
+
+    def descend(self, cut: slice, local_EBO: Tensor, moved_EBO: Tensor, kernels: ModuleType | None) -> Tensor:
+        """Every code of the columns in turn becomes the best one given all others; what that changes the loss by.
+
+        `local` is used up: it ends with the gradient that each column saw as it moved.
+        """
+        curvature_EI = self.h_EII.diagonal(dim1=1, dim2=2)
+        change_EO = local_EBO.new_zeros(local_EBO.shape[0], local_EBO.shape[2])
+        width = _LEAF if kernels is None else _BLOCK
+        for start in range(cut.start, cut.stop, width):
+            part = slice(start, min(start + width, cut.stop))
+            inner = slice(part.start - cut.start, part.stop - cut.start)
+            slope_ELO = local_EBO[:, inner]
+            if kernels is None:
+                step_ELO = self._descend_leaf(part, slope_ELO, curvature_EI)
+            else:
+                slope_ELO = slope_ELO.contiguous()
+                tensors = (slope_ELO, self.q_EIO, self.columns, self.h_EII, self.value_EIO)
+                step_ELO = kernels.descend_block(*tensors, part, self.start.scheme.format)
+            change_EO += (step_ELO * (2 * slope_ELO + step_ELO * curvature_EI[:, part, None])).sum(1)
+            moved_EBO[:, inner] += step_ELO
+            rest = slice(part.stop, cut.stop)
+            if part.stop < cut.stop:
+                local_EBO[:, inner.stop :].baddbmm_(self.h_EII[:, rest, part], step_ELO)
+        return change_EO
+
+    def _descend_leaf(self, part: slice, local_ELO: Tensor, curvature_EI: Tensor) -> Tensor:
+        moved_ELO = torch.empty_like(local_ELO)
+        inverse_EL = curvature_EI[:, part].reciprocal()
+        scheme = self.start.scheme
+        for i, j in enumerate(range(part.start, part.stop)):
+            old_EO = self.q_EIO[:, j]
+            target_EO = torch.addcmul(old_EO, local_ELO[:, i], inverse_EL[:, i, None])
+            value_EO = self.columns.round(target_EO, j, scheme)
+            new_EO = value_EO * self.columns.step_EIO[:, j]
+            step_EO = torch.sub(old_EO, new_EO, out=moved_ELO[:, i])
+            self.value_EIO[:, j], self.q_EIO[:, j] = value_EO, new_EO
+            if j + 1 < part.stop:
+                local_ELO[:, i + 1 :].addcmul_(self.h_EII[:, j, j + 1 : part.stop, None], step_EO[:, None])
+        return moved_ELO
+
+    def quantized(self) -> QuantizedTensor:
+        """Codes and scales as they are now."""
+        codes = encode_grouped(self.value_EIO.transpose(1, 2).contiguous(), self.start.zero, self.start.scheme)
+        return replace(self.start, codes=codes, scale=self.scale_EGO.transpose(1, 2).contiguous())
 
 
 def _values(quantized: QuantizedTensor) -> Tensor:
     """Grid values `[E, O, I]`."""
-    scheme: Scheme = quantized.scheme
+    scheme = quantized.scheme
     if quantized.zero is None:
         return decode(quantized.codes, scheme.format)
     grouped = quantized.codes.unflatten(-1, (quantized.zero.shape[-1], -1))

@@ -78,53 +78,78 @@ def search_scales(
 
 
 def _search(w_OGN: Tensor, start: Scales, scheme: Scheme, importance_GN: Tensor | None) -> Scales:
-    best_error: Tensor | None = None
-    best_scale, best_zero = start.scale, start.zero
-    for scale, zero in _candidates(w_OGN, start, scheme):
+    factor_of, best_error_OG = torch.ones_like(start.scale), torch.full_like(start.scale, torch.inf)
+    best_scale, best_zero = start.scale, None if start.zero is None else start.zero.float()
+
+    def attempt(factor: float | Tensor, scale: Tensor, zero: Tensor | None) -> None:
+        nonlocal factor_of, best_error_OG, best_scale, best_zero
         step = scale if start.global_scale is None else scale / start.global_scale
         zeros = None if zero is None else zero[..., None]
         error_OGN = quantize_values(w_OGN, step[..., None], zeros, scheme.format).mul_(step[..., None]).sub_(w_OGN)
-        if importance_GN is None:
-            error = error_OGN.square_().sum(-1)
-        else:
-            error = error_OGN.square_().mul_(importance_GN).sum(-1)
-        if best_error is None:
-            best_error, best_scale, best_zero = error, scale, zero
-            continue
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
+        error_OGN.square_()
+        error_OG = (error_OGN if importance_GN is None else error_OGN.mul_(importance_GN)).sum(-1)
+        better = error_OG < best_error_OG
+        best_error_OG = torch.where(better, error_OG, best_error_OG)
         best_scale = torch.where(better, scale, best_scale)
+        factor_of = torch.where(better, factor, factor_of)
         if best_zero is not None and zero is not None:
             best_zero = torch.where(better, zero, best_zero)
+
+    attempt(1.0, best_scale, best_zero)  # first: ties keep it
+    factors, between = _factors(scheme)
+    stretched = _Stretch.of(w_OGN, start, scheme)
+    for factor in factors:
+        for scale, zero in stretched.by(factor):
+            attempt(factor, scale, zero)
+    around = factor_of
+    for offset in between:
+        for scale, zero in stretched.by(around + offset):
+            attempt(around + offset, scale, zero)
     return Scales(best_scale, None if best_zero is None else best_zero.to(torch.uint8), start.global_scale)
 
 
-def _candidates(w_OGN: Tensor, start: Scales, scheme: Scheme) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Storable scales (and zero points, as floats) to try, the starting ones first: ties keep them."""
-    fmt = scheme.format
-    yield start.scale, None if start.zero is None else start.zero.float()
-    if fmt.scale is ScaleKind.E8M0:
-        for factor in (0.5, 2.0):
-            yield round_scale(start.scale * factor, scheme), None
-        return
-    if fmt.scale is ScaleKind.E4M3:
-        for factor in _grid(0.6, 1.6, 24):
-            yield round_scale(start.scale * factor, scheme), None
-        return
-    # a float grid repeats itself every power of two; an integer grid only gains by clipping
-    least = 0.3 if fmt.bits == 2 else 0.4
-    factors = _grid(0.6, 2.0, 40) if fmt.kind is ElementKind.FLOAT else _grid(least, 1.05, 32)
-    if scheme.symmetric:
-        for factor in factors:
-            yield round_scale(start.scale * factor, scheme), None
-        return
-    low, high = (bound.clamp_max(0) for bound in (w_OGN.amin(-1), -w_OGN.amax(-1)))
-    levels = 2.0**fmt.bits - 1
-    for factor in factors:
-        scale = round_scale((-high - low) * factor / levels, scheme)
-        exact = -low * factor / scale
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stretch:
+    """What is stretched or shrunken: the starting scale, or the ends of each group's range with a zero point inside."""
+
+    scale_OG: Tensor
+    low_OG: Tensor | None
+    scheme: Scheme
+
+    @classmethod
+    def of(cls, w_OGN: Tensor, start: Scales, scheme: Scheme) -> _Stretch:
+        if start.zero is None:
+            return cls(start.scale, None, scheme)
+        low_OG, high_OG = w_OGN.amin(-1).clamp_max(0), w_OGN.amax(-1).clamp_min(0)
+        return cls((high_OG - low_OG) / (2.0**scheme.format.bits - 1), low_OG, scheme)
+
+    def by(self, factor: float | Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Storable scales, and the zero points (as floats) on both sides of the exact one."""
+        scale = round_scale(self.scale_OG * factor, self.scheme)
+        if self.low_OG is None:
+            yield scale, None
+            return
+        exact = -self.low_OG * factor / scale
         for zero in (exact.floor(), exact.ceil()):
-            yield scale, zero.clamp(0, levels)
+            yield scale, zero.clamp(0, 2.0**self.scheme.format.bits - 1)
+
+
+def _factors(scheme: Scheme) -> tuple[list[float], list[float]]:
+    """Factors of the starting scale to try; and offsets to try around the best of them.
+
+    A float grid repeats itself every power of two, and its error has many local minima: all of a fine grid is tried.
+    An integer grid only gains by clipping, and by one minimum.
+    """
+    fmt = scheme.format
+    if fmt.scale is ScaleKind.E8M0:
+        return [0.5, 2.0], []
+    if fmt.scale is ScaleKind.E4M3:
+        return _grid(0.6, 1.6, 24), []
+    if fmt.kind is ElementKind.FLOAT:
+        return _grid(0.6, 2.0, 40), []
+    coarse = _grid(0.3 if fmt.bits == 2 else 0.4, 1.05, 12)
+    third = (coarse[1] - coarse[0]) / 3
+    return coarse, [-third, third, -2 * third, 2 * third]
 
 
 def _grid(low: float, high: float, points: int) -> list[float]:
