@@ -37,7 +37,7 @@ ORDER = (
     ("rules",),
     ("patterns",),
     ("formats",),
-    ("numerics",),
+    ("numerics", "wording"),
     ("errors",),
 )
 # What a room may import at all, where that is less than everything below it.
@@ -48,6 +48,7 @@ ONLY = {
     "models": {"checkpoint", "plan", "formats", "numerics", "errors"},  # and so not the solver
     "engines": {"plan", "formats", "errors"},
     "numerics": set(),
+    "wording": set(),
 }
 # Slow or optional packages: never imported by importing alphaquant.
 LAZY = {"datasets", "huggingface_hub", "lm_eval", "matplotlib", "scipy", "transformers", "triton", "vllm"}

@@ -1,8 +1,4 @@
-"""What each engine takes: which modules it loads as one, and which schemes it computes, by layout.
-
-Facts were read in vLLM 0.32, transformers 5.23, compressed-tensors 0.20 and humming-kernels 0.1.19. Nothing of theirs,
-and no tensor, is needed here.
-"""
+"""The rules of an engine, and what they make of a plan: what is tied, what is refused, and the remedy."""
 
 from __future__ import annotations
 
@@ -11,46 +7,24 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from alphaquant.errors import ConfigError, PlanError
+from alphaquant.engines.parts import FUSED_OF, GATES, LINEAR, leaf
+from alphaquant.errors import PlanError
 from alphaquant.formats import Activation, ElementKind, ScaleKind
 from alphaquant.plan import ModuleKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from alphaquant.engines.parts import Schemes
     from alphaquant.formats import Scheme
     from alphaquant.plan import Module
 
-    Schemes = Mapping[str, Scheme | None]
+__all__ = ["NAMELESS_ATTENTION", "Legalized", "Profile", "TieGroup", "Violation"]
 
-__all__ = [
-    "FUSED",
-    "PROFILES",
-    "Legalized",
-    "Profile",
-    "TieGroup",
-    "Violation",
-    "engine_notes",
-    "nameless_scheme",
-    "profile_of",
-]
-
-FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-"""Linears that engines load as one matrix, by the name of that."""
-
-_NAMELESS_ATTENTION = ("deepseek",)
+NAMELESS_ATTENTION = ("deepseek",)
 """Families whose attention vLLM 0.32 builds without giving its linears their names: rules by name miss them."""
 
-_FUSED_OF = {member: fused for fused, members in FUSED.items() for member in members}
-_ROW_PARALLEL = ("o_proj", "down_proj")  # split along their inputs under tensor parallelism, all others along outputs
-_LINEAR = (ModuleKind.ATTENTION, ModuleKind.MLP, ModuleKind.SHARED_EXPERT)
-_GATES = (ModuleKind.ROUTER, ModuleKind.SHARED_EXPERT_GATE)
 _ATTENTION = "*.self_attn.*"
-_MARLIN_GROUPS = (-1, 32, 64, 128)
 
 
 class TieGroup(NamedTuple):
@@ -117,7 +91,7 @@ class Profile:
 
     def on(self, family: str) -> Profile:
         """The profile for models of that family."""
-        return replace(self, nameless_attention=self.fuses and family in _NAMELESS_ATTENTION)
+        return replace(self, nameless_attention=self.fuses and family in NAMELESS_ATTENTION)
 
     def tie_groups(self, modules: Sequence[Module]) -> list[TieGroup]:
         """The sets of modules that must share one scheme; modules in none of them are free."""
@@ -206,7 +180,7 @@ class Profile:
             overrides += [_override(pattern, best, f"{self.name}: {group.why}") for pattern in group.patterns]
             changes.append(f"{', '.join(group.patterns)}: {comment}")
         for module in modules:
-            if module.kind in _GATES and schemes[module.name] is not None:
+            if module.kind in GATES and schemes[module.name] is not None:
                 why = f"{self.name} computes it unquantized"
                 overrides.append(_override(module.name, None, why))
                 changes.append(f"{module.name}: left unquantized, {why}")
@@ -219,9 +193,9 @@ class Profile:
             return prefix if self.experts_of == "layer" else "*.mlp.experts.*"
         if self.nameless_attention and module.kind is ModuleKind.ATTENTION:
             return _ATTENTION
-        parent, _, leaf = module.alias.rpartition(".")
-        if self.fuses and module.kind in _LINEAR and leaf in _FUSED_OF:
-            return f"{parent}.{_FUSED_OF[leaf]}"
+        parent, _, last = module.alias.rpartition(".")
+        if self.fuses and module.kind in LINEAR and last in FUSED_OF:
+            return f"{parent}.{FUSED_OF[last]}"
         return None
 
     def _group(self, key: str, members: Sequence[Module]) -> TieGroup:
@@ -231,7 +205,7 @@ class Profile:
         if key.endswith(".*"):
             scope = "of a layer" if self.experts_of == "layer" else "of all layers"
             return TieGroup(names, (key,), f"{self.name} gives all experts {scope} the scheme of the first one")
-        leaves = "/".join(_leaf(module) for module in members)
+        leaves = "/".join(leaf(module) for module in members)
         return TieGroup(names, tuple(m.alias for m in members), f"{self.name} loads {leaves} as one matrix")
 
     def _mixed(self, group: TieGroup, schemes: Schemes, modules: Sequence[Module], tp: int) -> Violation | None:
@@ -247,7 +221,7 @@ class Profile:
 
     def _best(self, found: Sequence[Scheme | None], members: Sequence[Module], tp: int) -> Scheme | None:
         """The best of these schemes that every member can have; unquantized where none is."""
-        shapes = {(m.kind, _leaf(m), m.out_features, m.in_features): m for m in members}.values()
+        shapes = {(m.kind, leaf(m), m.out_features, m.in_features): m for m in members}.values()
         for scheme in sorted(found, key=_rank, reverse=True):
             if scheme is None or all(_divides(scheme, m) and self.allowed(scheme, m, tp=tp) is None for m in shapes):
                 return scheme
@@ -285,44 +259,13 @@ class Profile:
         return 'leave it with "skip": true, or give it another format'
 
 
-def profile_of(name: str) -> Profile:
-    """The profile of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in PROFILES:
-        raise ConfigError(f"there is no engine {name!r}", remedy=f"known engines: {', '.join(PROFILES)}")
-    return PROFILES[name]
-
-
-def nameless_scheme(schemes: Schemes, modules: Sequence[Module], family: str) -> Schemes:
-    """By the empty name, the scheme of linears that reach vLLM without a name, where they share one; else nothing.
-
-    Rules by name meet it as ``^$``.
-    """
-    if family not in _NAMELESS_ATTENTION:
-        return {}
-    found = {schemes[module.name] for module in modules if module.kind is ModuleKind.ATTENTION}
-    return {"": found.pop()} if len(found) == 1 else {}
-
-
-def engine_notes(schemes: Schemes, modules: Sequence[Module], layout: str, family: str = "") -> dict[str, list[str]]:
-    """For every single engine what it would not take of a directory in this layout, in words, on one GPU."""
-    return {
-        name: [str(violation) for violation in profile.on(family).violations(schemes, modules, layout=layout)]
-        for name, profile in PROFILES.items()
-        if name != "any"
-    }
-
-
 def _distinct(schemes: Schemes, modules: Sequence[Module]) -> list[tuple[Scheme, Module]]:
     """One module for each scheme, kind, last name and shape: the rules look at nothing else."""
     found: dict[tuple[Any, ...], tuple[Scheme, Module]] = {}
     for module in modules:
         scheme = schemes[module.name]
         if scheme is not None:
-            key = (scheme, module.kind, _leaf(module), module.out_features, module.in_features)
+            key = (scheme, module.kind, leaf(module), module.out_features, module.in_features)
             found.setdefault(key, (scheme, module))
     return list(found.values())
 
@@ -352,10 +295,6 @@ def _neighbours(scheme: Scheme) -> Iterator[Scheme]:
                     yield other
 
 
-def _leaf(module: Module) -> str:
-    return module.alias.rpartition(".")[2]
-
-
 def _divides(scheme: Scheme, module: Module) -> bool:
     return scheme.group_size == -1 or module.in_features % scheme.group_size == 0
 
@@ -373,140 +312,3 @@ def _override(pattern: str, scheme: Scheme | None, comment: str) -> dict[str, An
         "skip": False,
         "comment": comment,
     }
-
-
-# --- Rules ----------------------------------------------------------------------------------------------------------
-
-
-def _split(scheme: Scheme, module: Module, tp: int) -> str | None:
-    """Why tensor parallelism cannot cut the stored tensors, or None."""
-    leaf = _leaf(module)
-    if tp == 1 or module.kind not in (*_LINEAR, ModuleKind.EXPERT):
-        return None
-    row = leaf in _ROW_PARALLEL
-    size = module.in_features if row else module.out_features
-    side = "inputs" if row else "outputs"
-    if size % tp:
-        # with fewer heads than GPUs, heads of keys and values are copied
-        return None if leaf in ("k_proj", "v_proj") else f"its {size} {side} do not divide by --tp {tp}"
-    part = size // tp
-    if row and scheme.group_size > 0 and part % scheme.group_size:
-        return f"groups of {scheme.group_size} do not divide the {part} inputs that each of {tp} GPUs holds"
-    packs = scheme.format.bits < 8 and (row or not scheme.symmetric)
-    if packs and part * scheme.format.bits % 32:
-        return f"{part} {side} of {scheme.format.bits} bits on each of {tp} GPUs do not fill whole 32-bit words"
-    return None
-
-
-def _gate(module: Module) -> str | None:
-    return "routers and shared-expert gates are computed unquantized" if module.kind in _GATES else None
-
-
-def _vllm_compressed_tensors(scheme: Scheme, module: Module, tp: int) -> str | None:
-    """Rules of vLLM 0.32's compressed-tensors schemes and of its fused experts."""
-    if (reason := _gate(module) or _split(scheme, module, tp)) is not None:
-        return reason
-    fmt, is_int = scheme.format, scheme.format.kind is ElementKind.INT
-    if scheme.activation is not Activation.BF16:
-        is_served = fmt.name in ("int8", "fp8") and scheme.group_size == -1 and module.kind is not ModuleKind.EMBEDDING
-        what = f"vLLM takes {scheme.activation.value} inputs with int8 and fp8 weights of one scale a row"
-        return None if is_served else what
-    if is_int:
-        return _vllm_integers(scheme, module)
-    if module.kind is ModuleKind.EMBEDDING:
-        return "vLLM looks up integer embeddings only"
-    if fmt.name == "fp8" and scheme.group_size == -1:
-        is_expert = module.kind is ModuleKind.EXPERT
-        return 'vLLM computes fp8 experts with rounded inputs only ("aq": "fp8")' if is_expert else None
-    is_block = fmt.name in ("nvfp4", "mxfp4", "mxfp8") and scheme.group_size == fmt.native_group
-    return None if is_block else f"vLLM does not compute {scheme} from compressed-tensors"
-
-
-def _vllm_integers(scheme: Scheme, module: Module) -> str | None:
-    """Packed integers: linears go through Marlin or humming, experts through Marlin where they have a scale a row."""
-    bits, group_size = scheme.format.bits, scheme.group_size
-    if module.kind is not ModuleKind.EXPERT:
-        return "vLLM computes groups of 16 or more" if 0 < group_size < 16 else None
-    if group_size not in _MARLIN_GROUPS:
-        return "vLLM computes integer experts in groups of 32, 64 or 128"
-    if group_size != -1:
-        return None
-    hidden = module.out_features if _leaf(module) == "down_proj" else module.in_features
-    if bits not in (4, 8):
-        return f"vLLM computes experts of {bits} bits in groups, not with one scale a row"
-    what = f"vLLM computes experts with one scale a row where the hidden size divides by 128, not {hidden}"
-    return what if hidden % 128 else None
-
-
-def _vllm_humming(scheme: Scheme, module: Module, tp: int) -> str | None:
-    """Rules of vLLM 0.32's humming method and of humming-kernels."""
-    if (reason := _gate(module) or _split(scheme, module, tp)) is not None:
-        return reason
-    fmt = scheme.format
-    if module.kind in (ModuleKind.EMBEDDING, ModuleKind.HEAD):
-        return f"vLLM reads the {module.kind.value} of a humming checkpoint unquantized"
-    if 0 < scheme.group_size < 16:
-        return "humming computes groups of 16 or more"
-    if fmt.scale is ScaleKind.E4M3 and (module.kind is ModuleKind.EXPERT or _FUSED_OF.get(_leaf(module)) is not None):
-        return "vLLM has one matrix scale for what it loads as one, and nvfp4 of humming brings several"
-    return None
-
-
-def _vllm_gptq(scheme: Scheme, module: Module, tp: int) -> str | None:
-    """Rules of vLLM 0.32's GPTQ method: Marlin's."""
-    if (reason := _gate(module) or _split(scheme, module, tp)) is not None:
-        return reason
-    if module.kind in (ModuleKind.EMBEDDING, ModuleKind.HEAD):
-        return f"the {module.kind.value} of a GPTQ checkpoint is read unquantized"
-    if scheme.format.name not in ("int4", "int8") or not scheme.symmetric or scheme.activation is not Activation.BF16:
-        return "vLLM computes GPTQ checkpoints of symmetric 4 or 8 bits"
-    if scheme.group_size not in _MARLIN_GROUPS:
-        return "vLLM computes GPTQ checkpoints in groups of 32, 64, 128 or a row"
-    return None
-
-
-def _transformers_compressed_tensors(scheme: Scheme, module: Module, tp: int) -> str | None:
-    """What transformers 5.23 de-quantizes rightly as it loads compressed-tensors."""
-    del tp  # weights are de-quantized before they are cut
-    if (reason := _gate(module)) is not None:
-        return reason
-    fmt, is_expert = scheme.format, module.kind is ModuleKind.EXPERT
-    if module.kind is ModuleKind.EMBEDDING:
-        return "transformers reads embeddings unquantized"
-    if fmt.kind is ElementKind.INT and scheme.activation is Activation.BF16:
-        return "transformers fails on experts with zero points" if is_expert and not scheme.symmetric else None
-    if fmt.name in ("mxfp4", "mxfp6") and scheme.group_size == fmt.native_group:
-        return None
-    if is_expert and fmt.name == "nvfp4":
-        return "transformers reads nvfp4 experts without their matrix scale, silently wrong"
-    return f"transformers does not load {scheme} from compressed-tensors"
-
-
-def _both(scheme: Scheme, module: Module, tp: int) -> str | None:
-    return _vllm_compressed_tensors(scheme, module, tp) or _transformers_compressed_tensors(scheme, module, tp)
-
-
-def _vllm_capability(scheme: Scheme) -> int:
-    """Below these vLLM refuses, or leaves inputs in bf16 that were calibrated as 8-bit floats."""
-    if scheme.activation is Activation.FP8:
-        return 89
-    return 80 if scheme.format.name == "mxfp4" else 75
-
-
-PROFILES: Mapping[str, Profile] = {
-    "vllm": Profile(
-        "vllm",
-        {"compressed-tensors": _vllm_compressed_tensors, "humming": _vllm_humming, "gptq": _vllm_gptq},
-        fuses=True,
-        experts_of="layer",
-        capabilities=_vllm_capability,
-    ),
-    "transformers": Profile(
-        "transformers",
-        {"compressed-tensors": _transformers_compressed_tensors},
-        fuses=False,
-        experts_of="model",
-    ),
-    "any": Profile("any", {"compressed-tensors": _both}, fuses=True, experts_of="model", capabilities=_vllm_capability),
-}
-"""Every profile by name; `any` is what all engines take."""
