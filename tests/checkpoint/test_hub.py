@@ -23,9 +23,10 @@ from alphaquant.errors import CheckpointError
 from pipeline import tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-NEEDED = {"config.json", "tokenizer.json", "model.safetensors.index.json", "part-0.safetensors", "part-1.safetensors"}
+NEEDED = {"README.md", "config.json", "tokenizer.json", "model.safetensors.index.json", "part-0.safetensors",
+          "part-1.safetensors"}  # fmt: skip
 STATE = "which commit is the newest"
-NOT_NEEDED = ("README.md", "pytorch_model.bin", "model.gguf", "consolidated.safetensors", "adapter_model.safetensors",
+NOT_NEEDED = ("LICENSE.txt", "pytorch_model.bin", "model.gguf", "consolidated.safetensors", "adapter_model.safetensors",
               "trainer_state.json", "old.safetensors", "onnx/model.safetensors", "modeling.py")  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def test_what_is_neither(tmp_path):
 def repository(tmp_path):
     """What the stand-in holds: a sharded model, and much that nobody needs."""
     directory = tiny.write_model(tmp_path / "repository", "olmoe", shards=2)
-    for name in NOT_NEEDED:
+    for name in ("README.md", *NOT_NEEDED):
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text("{}")
     return directory
@@ -226,7 +227,7 @@ def test_a_model_without_an_index(hub, repository):
     (repository / "part-1.safetensors").rename(repository / "model.safetensors")
     (repository / "old.safetensors").unlink()
     resolve_model("org/name")
-    assert sorted(hub) == ["config.json", "model.safetensors", "tokenizer.json", STATE]
+    assert sorted(hub) == ["README.md", "config.json", "model.safetensors", "tokenizer.json", STATE]
 
 
 def test_a_broken_index_is_named(hub, repository):

@@ -277,6 +277,7 @@ def test_tied_embeddings_are_quantized_once(tmp_path, text):
 def test_the_directory_holds_what_it_says(runs, olmoe):
     run = runs("olmoe", "served", None)
     assert tiny.listing(run.out) == {
+        "README.md",
         "alphaquant",
         "alphaquant/manifest.json",
         "alphaquant/modules.json",

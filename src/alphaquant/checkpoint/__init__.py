@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alphaquant.checkpoint.blocks import BlockScaled, unquantized
-from alphaquant.checkpoint.hub import SIDE_FILES, open_model, resolve_model
+from alphaquant.checkpoint.hub import SIDE_FILES, hub_id_of, open_model, resolve_model
 from alphaquant.checkpoint.reader import Checkpoint, read_safetensors
 from alphaquant.checkpoint.shard import Slot, TensorInfo, load_shard, read_rows
 from alphaquant.checkpoint.writer import (
@@ -23,6 +23,7 @@ __all__ = [
     "ShardInfo",
     "Slot",
     "TensorInfo",
+    "hub_id_of",
     "load_shard",
     "open_model",
     "read_rows",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from alphaquant.checkpoint.shard import Shard
 
-__all__ = ["SIDE_FILES", "open_model", "resolve_model"]
+__all__ = ["SIDE_FILES", "hub_id_of", "open_model", "resolve_model"]
 
 _T = TypeVar("_T")
 
@@ -35,6 +35,7 @@ SIDE_FILES = (
 )
 """Of tokenizer and generation: what goes along with the weights."""
 
+_CARD = "README.md"  # for the license
 _CODE = "configuration_*.py"  # never run here: engines that serve the result ask for it
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Subfolders hold other formats of the same weights, and so do Mistral's consolidated files.
@@ -53,6 +54,12 @@ def resolve_model(path_or_id: str | Path) -> Path:
         CheckpointError: there is no such directory, and it is no hub id or cannot be fetched.
     """
     return _local(path_or_id) or _from_hub(str(path_or_id), _fetch)
+
+
+def hub_id_of(path: str | Path) -> str | None:
+    """The hub id of a directory in the hub's cache; None elsewhere."""
+    cached = next((part for part in reversed(Path(path).parts) if part.startswith("models--")), None)
+    return None if cached is None else cached.removeprefix("models--").replace("--", "/", 1)
 
 
 def open_model(path_or_id: str | Path) -> Checkpoint:
@@ -112,7 +119,7 @@ def _described(hub_id: str) -> tuple[Path, list[str] | None]:
     """The snapshot in the hub's cache with all but the weights, and the shards that its index names, if it has one."""
     from huggingface_hub import snapshot_download  # noqa: PLC0415  (slow to import; not needed for a local model)
 
-    directory = Path(snapshot_download(hub_id, allow_patterns=["config.json", INDEX, *SIDE_FILES, _CODE]))
+    directory = Path(snapshot_download(hub_id, allow_patterns=["config.json", INDEX, *SIDE_FILES, _CODE, _CARD]))
     index = directory / INDEX
     return directory, sorted(set(read_weight_map(index).values())) if index.is_file() else None
 

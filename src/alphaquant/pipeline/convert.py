@@ -65,16 +65,21 @@ def shard_names(spec: ModelSpec, source: TensorSource) -> list[list[str]]:
 
 
 def shard_tensors(
-    names: list[str], quantized: Mapping[str, QuantizedTensor], layout: Layout, read: Callable[[str], Tensor]
+    names: list[str], quantized: Callable[[str], QuantizedTensor | None], layout: Layout, read: Callable[[str], Tensor]
 ) -> dict[str, Tensor]:
-    """What a shard stores for logical tensors: quantized modules in the layout, all others as they are read."""
+    """What a shard stores for logical tensors: quantized modules in the layout, all others as they are read.
+
+    Args:
+        names: of the tensors.
+        quantized: gives the codes of a module; None where it is not quantized.
+        layout: how modules are stored.
+        read: gives a tensor that is not quantized.
+    """
     tensors: dict[str, Tensor] = {}
     for name in names:
         module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in quantized:
-            tensors.update(layout.tensors(module, quantized[module]))
-        else:
-            tensors[name] = read(name)
+        codes = quantized(module) if name.endswith(".weight") else None
+        tensors.update({name: read(name)} if codes is None else layout.tensors(module, codes))
     return tensors
 
 
@@ -100,11 +105,14 @@ def export_checkpoint(source: Path, out: Path, layout_name: str | None, *, overw
     shapes = {name: module.shape for name, module in quantized.modules.items()}
     layout = pick_layout(layout_name, spec, schemes, shapes)
     check_output(out, source, overwrite=overwrite)
+    is_same = layout.name == quantized.layout.name
     with RunDir.create(out, spec.num_layers + 1) as run:
         for names in shard_names(spec, quantized):
-            modules = [name.removesuffix(".weight") for name in names]
-            codes = {m: quantized.read_quantized(m) for m in modules if m in quantized.modules}
-            run.add_shard(shard_tensors(names, codes, layout, checkpoint.read))
+            if is_same:
+                stored = (part for name in names for part in quantized.stored_names(name))
+                run.add_shard({name: checkpoint.read(name) for name in stored})
+            else:
+                run.add_shard(shard_tensors(names, quantized.codes_of, layout, checkpoint.read))
         for note in sorted((source / FOLDER).rglob("*.json")):
             name = note.relative_to(source / FOLDER).as_posix()
             if name not in ("manifest.json", "modules.json"):

@@ -127,7 +127,7 @@ class Course:
         clock, team, run = self.quantizer.clock, self.quantizer.team, self.run
         with clock("pack"):
             own = self._own(names, result)
-            tensors = shard_tensors(own, result.quantized, self.job.layout, self.job.prepared.source.read)
+            tensors = shard_tensors(own, result.quantized.get, self.job.layout, self.job.prepared.source.read)
         with clock("share"):
             tensors = team.gather(tensors)
             for stream in streams.values():

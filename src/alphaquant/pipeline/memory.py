@@ -240,7 +240,7 @@ def export_held(
 
     with RunDir.create(out, spec.num_layers + 1) as run:
         for index, names in enumerate(shard_names(spec, held.source)):
-            run.add_shard(shard_tensors(names, modules, chosen, read))
+            run.add_shard(shard_tensors(names, modules.get, chosen, read))
             layer = index if index < spec.num_layers else None
             found = (modules.get(name.removesuffix(".weight")) for name in names)
             record = LayerRecord(layer, [module.record for module in found if module is not None])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from alphaquant.checkpoint import write_json, write_text
 from alphaquant.errors import ConfigError, OutputError
+from alphaquant.pipeline.card import QUALITY, refresh_card
 from alphaquant.pipeline.run import quantize_checkpoint
 from alphaquant.pipeline.rundir import FOLDER
 from alphaquant.pipeline.stream import Progress, silent
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["COSTS", "QUALITY", "is_run", "keep_costs", "keep_quality", "plan_of", "quality_facts", "rounded_quality"]
 
-QUALITY = "quality"
-"""Folder beside the records in which measurements are kept; the report shows them."""
 COSTS = "costs.json"
 """File beside the records in which the table of costs is kept that a plan was found by; the report draws it."""
 
@@ -57,7 +56,7 @@ def plan_of(directory: Path) -> Plan:
 
 
 def keep_quality(directory: Path, name: str, facts: dict[str, Any]) -> bool:
-    """Keep a measurement of a run's directory where the report finds it; False where that cannot be written to."""
+    """Keep a measurement of a run's directory where report and card find it; False where that cannot be written to."""
     if not is_run(directory):
         return False
     folder = directory / FOLDER / QUALITY
@@ -66,6 +65,7 @@ def keep_quality(directory: Path, name: str, facts: dict[str, Any]) -> bool:
         write_json(folder / f"{name}.json", facts)
     except (OSError, OutputError):
         return False
+    refresh_card(directory)
     return True
 
 

@@ -21,10 +21,12 @@ from alphaquant.checkpoint import (
     write_index,
     write_json,
     write_shard,
+    write_text,
 )
 from alphaquant.engines import nameless_scheme
 from alphaquant.errors import AlphaQuantError, CheckpointError, OutputError
 from alphaquant.layouts import module_table
+from alphaquant.pipeline.card import CARD, card, heritage
 from alphaquant.pipeline.manifest import MANIFEST, Manifest, check_files, file_sha256
 from alphaquant.pipeline.staging import (
     FOLDER,
@@ -270,7 +272,7 @@ class RunDir:
         layout: Layout,
         schemes: Mapping[str, Scheme | None],
     ) -> None:
-        """Write what tells readers of the shards: index, manifest, module table and config.json.
+        """Write what tells readers of the shards: index, manifest, module table, config.json and the model card.
 
         Tokenizer and generation settings of `source` are taken along, where there is one.
         """
@@ -293,6 +295,8 @@ class RunDir:
             if source is not None and (source / name).is_file():
                 self._list(name, write_bytes(self.path / name, (source / name).read_bytes()))
         self._list("config.json", write_json(self.path / "config.json", config, allow_nan=True))
+        text = card(self.path, config, spec, layout, schemes, self.num_bytes, heritage(source))
+        self._list(CARD, write_text(self.path / CARD, text))
         self.manifest.write(self.path)
         shutil.rmtree(self.path / _STREAM, ignore_errors=True)
 

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from alphaquant.report.frontier import write_frontier
 from alphaquant.report.render import write_comparison, write_report
-from alphaquant.report.text import duration, human_bytes, short
+from alphaquant.wording import duration, human_bytes, short
 
 __all__ = ["duration", "human_bytes", "short", "write_comparison", "write_frontier", "write_report"]

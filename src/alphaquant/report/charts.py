@@ -1,19 +1,17 @@
-"""The small charts of a report: quality with error bars, time by phase, events by reason; and how to serve it."""
+"""The small charts of a report: quality with error bars, time by phase, events by reason."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from alphaquant.report.axis import Axis, linear_axis
-from alphaquant.report.text import count
+from alphaquant.wording import count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from alphaquant.report.experts import Experts
     from alphaquant.report.read import QualityRow, RunReport
@@ -21,16 +19,12 @@ if TYPE_CHECKING:
 __all__ = [
     "EventRow",
     "Remark",
-    "Serve",
     "event_rows",
     "phases",
     "quality_chart",
     "remarks",
-    "serve",
     "total_seconds",
 ]
-
-_DENSE = "dense"
 
 
 class Bar(NamedTuple):
@@ -83,33 +77,6 @@ def quality_chart(rows: Sequence[QualityRow]) -> QualityChart | None:
     # a line for the original is only right where all were measured on one text
     original = perplexity.at(originals[0]) if max(originals) - min(originals) < 1e-6 * max(originals) else None
     return QualityChart(perplexity, kl, original, bars)
-
-
-class Serve(NamedTuple):
-    """How to put a directory to use: what it is for, the command, and what stands in the way."""
-
-    engine: str
-    command: str
-    caveat: str = ""
-
-
-def serve(report: RunReport, directory: Path) -> list[Serve]:
-    """The engines that take the directory, or the way to one that does."""
-    path = shlex.quote(str(directory))
-    if report.engines is None and report.layout != _DENSE:
-        return [Serve("vLLM", f"vllm serve {path}", "this run did not check what engines take")]
-    notes = report.engines or {}
-    found = []
-    if not notes.get("vllm"):
-        found.append(Serve("vLLM", f"vllm serve {path}"))
-    if not notes.get("transformers"):
-        found.append(Serve("transformers", f"transformers serve {path}"))
-    if not found:
-        dense = shlex.quote(f"{str(directory).rstrip('/')}-dense")
-        reason = next(iter(notes.values()))[0]
-        command = f"alphaquant export {path} --format dense -o {dense} && vllm serve {dense}"
-        found.append(Serve("any engine, de-quantized", command, f"no engine takes this mix as it is: {reason}"))
-    return found
 
 
 class Remark(NamedTuple):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from alphaquant.report.axis import Axis, linear_axis
 from alphaquant.report.charts import total_seconds
 from alphaquant.report.experts import experts
-from alphaquant.report.text import duration, human_bytes
+from alphaquant.wording import duration, human_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

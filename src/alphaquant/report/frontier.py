@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from alphaquant.report.axis import linear_axis, log_axis
 from alphaquant.report.render import write_page
-from alphaquant.report.text import human_bytes
+from alphaquant.wording import human_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from alphaquant.plan import ModuleKind
-from alphaquant.report.text import percent
+from alphaquant.wording import percent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

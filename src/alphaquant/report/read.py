@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import from_json
 
+from alphaquant.checkpoint import hub_id_of
 from alphaquant.errors import CheckpointError
 from alphaquant.pipeline.records import KindSummary, LayerRecord
 from alphaquant.pipeline.rundir import FOLDER
@@ -40,11 +41,7 @@ class ModelFacts(_Part):
     @property
     def name(self) -> str:
         """The last part of its path, or the hub id where it lies in the hub's cache."""
-        parts = PurePath(self.path).parts
-        cached = next((part for part in reversed(parts) if part.startswith("models--")), None)
-        if cached is not None:
-            return cached.removeprefix("models--").replace("--", "/")
-        return parts[-1] if parts else self.path
+        return hub_id_of(self.path) or PurePath(self.path).name or self.path
 
 
 class CalibrationFacts(_Part):

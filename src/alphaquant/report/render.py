@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from alphaquant.checkpoint import write_text
+from alphaquant.engines import serve
 from alphaquant.errors import OutputError
 from alphaquant.pipeline.quality import COSTS, QUALITY
 from alphaquant.pipeline.rundir import FOLDER
 from alphaquant.report.budget import alpha_map, frontier
-from alphaquant.report.charts import event_rows, phases, quality_chart, remarks, serve, total_seconds
+from alphaquant.report.charts import event_rows, phases, quality_chart, remarks, total_seconds
 from alphaquant.report.compare import comparison
 from alphaquant.report.experts import expert_scatter, experts, router_chart
 from alphaquant.report.maps import layer_maps
 from alphaquant.report.read import read_quality, read_run, read_table
-from alphaquant.report.text import FILTERS
+from alphaquant.wording import FILTERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +92,7 @@ def _context(run: Run, quality: list[QualityRow], table: Table | None) -> dict[s
         "chart": quality_chart(quality),
         # where several were measured the verdict is on the first that knows the original
         "best": next((q for q in quality if q.measured.kl is not None), quality[0] if quality else None),
-        "serve": serve(run.report, run.directory),
+        "serve": serve(run.report.engines, run.report.layout, str(run.directory)),
         "remarks": remarks(run.report, used, has_records=bool(run.layers or run.outer)),
         "maps": layer_maps(run),
         "outer": [module for record in run.outer for module in record.modules],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datetime import datetime
 
-__all__ = ["FILTERS", "count", "duration", "human_bytes", "percent", "short"]
+__all__ = ["FILTERS", "count", "duration", "human_bytes", "markdown_code", "markdown_text", "percent", "short"]
 
 
 def human_bytes(size: float) -> str:
@@ -65,7 +65,7 @@ def _when(time: datetime) -> str:
     return f"{time.astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 
-def _markdown_code(text: str) -> str:
+def markdown_code(text: str) -> str:
     """A code span that also holds in a table's cell."""
     text = " ".join(str(text).split()).replace("|", "\\|")
     if not text:
@@ -74,7 +74,7 @@ def _markdown_code(text: str) -> str:
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
     """Free text with markdown's and HTML's own characters escaped."""
     return re.sub(r"([\\`*_\[\]<>|&#~])", r"\\\1", " ".join(str(text).split()))
 
@@ -87,8 +87,8 @@ FILTERS = {
     "bytes": human_bytes,
     "duration": duration,
     "when": _when,
-    "code": _markdown_code,
-    "plain": _markdown_text,
+    "code": markdown_code,
+    "plain": markdown_text,
     "short": short,
     "setting": _setting,
     "words": _words,
