@@ -6,7 +6,8 @@
 Each peer runs in an environment of its own (`benchmarks/peers/run_*.py`) with its defaults, ours by the command with
 its defaults; ours is measured as its dense export, by the same code as the peers (`benchmarks/peers/measure.py`).
 A result is kept in the cache under everything that made it, so that a table is made in parts: peers by their version,
-ours by the digest of the sources. Seconds are those of quantizing: ours take reading and writing in.
+ours by the digest of the sources. Bits are those of the files, by the same count for all: every byte of what stands in
+for the quantized weights. Seconds are those of quantizing: ours take reading and writing in.
 Writes JSON, and prints a markdown table.
 """
 
@@ -28,18 +29,18 @@ OURS = "alphaquant"
 
 
 class Setup(NamedTuple):
-    """Tokens of a model: calibration windows, their length, evaluation windows and texts."""
+    """Tokens of a model: calibration windows, their length, and of each evaluation text the file and its windows."""
 
     nsamples: int
     seqlen: int
-    windows: int
-    texts: dict[str, str]
+    texts: dict[str, tuple[str, int]]
 
 
+_JOINED = "wikitext2/test.joined.txt"
 SETUPS = {
-    "tiny-olmoe": Setup(128, 256, 300, {"wikitext2": "wikitext2/valid.txt", "c4": "domains/c4.txt"}),
-    "smollm2": Setup(64, 512, 40, {"wikitext2": "wikitext2/test.joined.txt", "c4": "domains/c4.txt"}),
-    "smollm2-moe": Setup(64, 512, 40, {"wikitext2": "wikitext2/test.joined.txt", "c4": "domains/c4.txt"}),
+    "tiny-olmoe": Setup(128, 256, {"wikitext2": ("wikitext2/valid.txt", 300), "c4": ("domains/c4.txt", 100)}),
+    "smollm2": Setup(64, 512, {"wikitext2": (_JOINED, 40), "c4": ("domains/c4.txt", 16)}),
+    "smollm2-moe": Setup(64, 512, {"wikitext2": (_JOINED, 40), "c4": ("domains/c4.txt", 16)}),
 }
 # what a peer is called: the script that runs it, and the distribution whose version names its results
 SCRIPTS = {
@@ -68,9 +69,8 @@ def result_of(output: str) -> dict[str, Any]:
 
 
 def measuring(args: argparse.Namespace, setup: Setup) -> list[str]:
-    texts = [f"{name}={args.shared / 'data' / file}" for name, file in setup.texts.items()]
-    options = ["--seqlen", str(setup.seqlen), "--windows", str(setup.windows)]
-    return [*options, *(word for text in texts for word in ("--text", text))]
+    texts = [f"{name}={args.shared / 'data' / file}={windows}" for name, (file, windows) in setup.texts.items()]
+    return ["--seqlen", str(setup.seqlen), *(word for text in texts for word in ("--text", text))]
 
 
 def ours(args: argparse.Namespace, model: Path, setup: Setup, fmt: str, folder: str) -> dict[str, Any]:
@@ -81,13 +81,10 @@ def ours(args: argparse.Namespace, model: Path, setup: Setup, fmt: str, folder: 
     quantize = [*command, "quantize", str(model), "--scheme", fmt, *calibration, *options]
     report = json.loads(run([*quantize, "-o", f"{folder}/out", "--json"], args.threads))
     run([*command, "export", f"{folder}/out", "-o", f"{folder}/dense", "--format", "dense"], args.threads)
-    measure = [sys.executable, str(PEERS / "measure.py"), str(model), f"{folder}/dense"]
+    measure = [sys.executable, str(PEERS / "measure.py"), str(model), f"{folder}/dense", "--files", f"{folder}/out"]
     found = result_of(run([*measure, *measuring(args, setup)], args.threads))
     seconds = report["seconds"]
-    return found | {
-        "seconds": seconds["total"] - seconds["tokenize"],
-        "bits_per_weight": report["sizes"]["bits_per_weight"],
-    }
+    return found | {"seconds": seconds["total"] - seconds["tokenize"]}
 
 
 def peer(args: argparse.Namespace, tool: str, model: Path, setup: Setup, fmt: str, folder: str) -> dict[str, Any]:
@@ -162,11 +159,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--effort", default="default", help="of ours")
     parser.add_argument("--option", action="append", default=[], help="more options of ours, each with its value")
+    parser.add_argument("--peers-only", action="store_true", help="leave ours out")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     args.shared, args.peers = args.shared.resolve(), pairs(args.peer)
     args.models = {name: Path(path).resolve() for name, path in pairs(args.model).items()}
-    tools = [OURS, *args.peers]
+    tools = list(args.peers) if args.peers_only else [OURS, *args.peers]
     rows = [cell(args, tool, name, fmt) for name in args.models for fmt in args.format for tool in tools]
     if args.output is not None:
         args.output.write_text(json.dumps(rows, indent=2) + "\n")

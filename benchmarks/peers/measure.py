@@ -1,7 +1,7 @@
 """What every tool is given and how every result is measured: the same tokens, the same figures.
 
 Runs in the environment of each tool, so it needs torch and transformers alone. As a program it measures a checkpoint
-that transformers can load against its original: `python measure.py ORIGINAL DIR --text NAME=FILE …`.
+that transformers can load against its original: `python measure.py ORIGINAL DIR --text NAME=FILE=WINDOWS …`.
 
 Shapes: L positions, V vocabulary, T tokens, E experts, K chosen experts.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+_LOGITS = 1 << 25  # of a batch of windows
 ROUTERS = ("mlp.gate", "block_sparse_moe.gate", "mlp.router")
 
 
@@ -32,9 +33,8 @@ def arguments(description):
 
 
 def _measuring(parser):
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE=WINDOWS")
     parser.add_argument("--seqlen", type=int, required=True)
-    parser.add_argument("--windows", type=int, required=True)
 
 
 def integer_format(name):
@@ -74,22 +74,23 @@ def figures(quantized, original, args, tokenizer):
     seen = [_watch_routers(model) for model in (quantized, original)]
     result = {}
     for text in args.text:
-        name, _, file = text.partition("=")
+        name, file, count = text.split("=")
         ids = torch.tensor(tokenizer(Path(file).read_text())["input_ids"])
+        windows = ids[: len(ids) // args.seqlen * args.seqlen].view(-1, args.seqlen)[: int(count)]
         rows = []
-        for start in range(0, min(args.windows, len(ids) // args.seqlen) * args.seqlen, args.seqlen):
-            x_L = ids[start : start + args.seqlen]
+        for x_BL in windows.split(max(1, _LOGITS // (args.seqlen * original.config.vocab_size))):
             for routers in seen:
                 routers.clear()
             log_q, log_p = (
-                model(input_ids=x_L[None]).logits[0, :-1].float().log_softmax(-1) for model in (quantized, original)
+                model(input_ids=x_BL).logits[:, :-1].float().log_softmax(-1).flatten(0, 1)
+                for model in (quantized, original)
             )
-            nll = torch.nn.functional.nll_loss
-            row = [nll(log_q, x_L[1:]), nll(log_p, x_L[1:]), (log_p.exp() * (log_p - log_q)).sum(-1).mean()]
+            nll, target = torch.nn.functional.nll_loss, x_BL[:, 1:].flatten()
+            row = [nll(log_q, target), nll(log_p, target), (log_p.exp() * (log_p - log_q)).sum(-1).mean()]
             row.append((log_p.argmax(-1) == log_q.argmax(-1)).float().mean())
             row.append(_routing_agreement(*seen, top_k) if seen[1] else torch.tensor(torch.nan))
-            rows.append(torch.stack(row).double())
-        loss, base, kl, same, routing = torch.stack(rows).mean(0).tolist()
+            rows.append(torch.stack(row).double() * len(x_BL) / len(windows))
+        loss, base, kl, same, routing = torch.stack(rows).sum(0).tolist()
         result[name] = {
             "perplexity": math.exp(loss),
             "original": math.exp(base),
@@ -164,8 +165,10 @@ def main():
     parser.add_argument("original", type=Path)
     parser.add_argument("directory", type=Path)
     _measuring(parser)
+    parser.add_argument("--files", type=Path, help="the packed form of DIR, whose bytes are counted")
     args = parser.parse_args()
-    report(texts=figures(load(args.directory), load(args.original), args, tokenizer_of(args.original)))
+    texts = figures(load(args.directory), load(args.original), args, tokenizer_of(args.original))
+    report(texts=texts, bits_per_weight=bits_per_weight(args.original, args.files or args.directory))
 
 
 if __name__ == "__main__":

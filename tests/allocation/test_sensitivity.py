@@ -16,7 +16,7 @@ from alphaquant.models import load_decoder
 from alphaquant.pipeline import Calibration, prepare
 from alphaquant.pipeline.stream import attend, feed
 from alphaquant.plan import Plan
-from alphaquant.solver import HessianSum, Recipe, damping_by_evidence, hessian_loss, quantize_stack
+from alphaquant.solver import HessianSum, Recipe, hessian_loss, quantize_stack, trusted
 from pipeline import tiny
 
 CPU = torch.device("cpu")
@@ -47,8 +47,7 @@ def test_predicted_losses_rank_as_those_of_gptq(name):
     w_EOI, hessian = stack()
     h_EII, effective_E, recipe = hessian.normalized(), hessian.evidence.effective_E, Recipe()
     true_E = quantize_stack(w_EOI, h_EII, effective_E, SCHEMES[name], recipe).loss_EO.sum(1)
-    damping_E = damping_by_evidence(effective_E, w_EOI.shape[2], recipe)
-    inputs = Inputs.of(h_EII, damping_E, torch.zeros(len(w_EOI), dtype=torch.bool))
+    inputs = Inputs.of(*trusted(h_EII, effective_E, recipe), torch.zeros(len(w_EOI), dtype=torch.bool))
     found = predict(w_EOI, inputs, SCHEMES[name])
     assert torch.corrcoef(torch.stack([ranks(true_E.tolist()), ranks(found.loss_E.tolist())]))[0, 1] > 0.95
     assert ((found.loss_E / true_E).log().abs() < 0.6).all()

@@ -17,6 +17,7 @@ from alphaquant.solver import (
     hessian_loss,
     round_to_nearest,
     search_scales,
+    shrink,
     solve,
 )
 
@@ -268,6 +269,18 @@ def test_a_hopeless_hessian_becomes_its_diagonal() -> None:
     solution = solve(w, factor, scheme, scales)
     assert solution.quantized.codes.equal(round_to_nearest(w, scheme, scales).quantized.codes)
     assert solution.loss_EO.isfinite().all()
+
+
+def test_correlations_shrink_by_how_little_stands_behind_them() -> None:
+    h, effective = oracle.hessians(4, 48), torch.tensor([0.0, 6.0, 18.0, 6e9], dtype=torch.float64)
+    before = h.clone()
+    found = shrink(h, effective, 6.0)
+    assert h.equal(before)
+    assert found.diagonal(dim1=1, dim2=2).equal(h.diagonal(dim1=1, dim2=2))
+    off = ~torch.eye(48, dtype=torch.bool)
+    for expert, trust in enumerate((0.0, 0.5, 0.75, 1.0)):
+        torch.testing.assert_close(found[expert][off], trust * h[expert][off])
+    assert shrink(h, effective, 0.0).equal(h)
 
 
 @each_order

@@ -24,7 +24,7 @@ from alphaquant.pipeline.collect import Collector, Reading, widths
 from alphaquant.pipeline.run import compute_dtype
 from alphaquant.pipeline.stream import attend, embed, feed, silent
 from alphaquant.plan import ModuleKind
-from alphaquant.solver import damping_by_evidence, is_thin
+from alphaquant.solver import is_thin, trusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -182,7 +182,7 @@ def _inputs(hessian: HessianSum, recipe: Recipe) -> list[Inputs]:
     if bool(unseen_E.any()):
         weight_E = evidence.score_mass_E.to(h_EII)
         h_EII[unseen_E] = torch.einsum("e,eij->ij", weight_E / weight_E.sum().clamp_min(1e-30), h_EII)
-    damping_E = damping_by_evidence(evidence.effective_E, h_EII.shape[1], recipe)
+    h_EII, damping_E = trusted(h_EII, evidence.effective_E, recipe)
     rounded_E = is_thin(evidence.effective_E, h_EII.shape[1], recipe)
     return [Inputs.of(h_EII[e : e + 1], damping_E[e : e + 1], rounded_E[e : e + 1]) for e in range(len(h_EII))]
 

@@ -14,7 +14,7 @@ import torch
 
 from alphaquant.models import MoESpec
 from alphaquant.pipeline.collect import widths
-from alphaquant.solver import SPENDING, Effort, Method
+from alphaquant.solver import SPENDING, Method
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -85,10 +85,10 @@ def foretell_seconds(
 
 def _solve_work(parameter: Parameter, recipe: Recipe, *, calibrated: bool) -> float:
     in_features = parameter.shape[-1]
-    search = 0.0 if recipe.effort is Effort.FAST else _SEARCH
+    spending = SPENDING[recipe.effort]
+    search = _SEARCH if spending.search else 0.0
     if not calibrated or recipe.method is Method.RTN:
         return math.prod(parameter.shape) * search
-    spending = SPENDING[recipe.effort]
     refine = 2 * in_features + spending.sweeps * (2 * in_features + _REFINE)
     return math.prod(parameter.shape) * (search + spending.walks * (_WALK + in_features) + refine)
 

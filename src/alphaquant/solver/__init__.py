@@ -1,7 +1,7 @@
 """The method: Hessians, factors, scales, GPTQ and its refinement, as pure functions batched over experts."""
 
 from alphaquant.solver.backend import Backend
-from alphaquant.solver.factor import Factor, damp, factorize
+from alphaquant.solver.factor import Factor, damp, factorize, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.hessian import Evidence, EvidenceSum, HessianSum
 from alphaquant.solver.method import (
@@ -11,10 +11,11 @@ from alphaquant.solver.method import (
     Method,
     Outcome,
     Recipe,
-    damping_by_evidence,
+    Spending,
     experts_a_part,
     is_thin,
     quantize_stack,
+    trusted,
 )
 from alphaquant.solver.refine import refine, refit_scales
 from alphaquant.solver.rtn import hessian_loss, round_to_nearest
@@ -34,10 +35,10 @@ __all__ = [
     "Recipe",
     "Scales",
     "Solution",
+    "Spending",
     "absmax_scales",
     "better_rows",
     "damp",
-    "damping_by_evidence",
     "experts_a_part",
     "factorize",
     "hessian_loss",
@@ -47,5 +48,7 @@ __all__ = [
     "refit_scales",
     "round_to_nearest",
     "search_scales",
+    "shrink",
     "solve",
+    "trusted",
 ]

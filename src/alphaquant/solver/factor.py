@@ -1,4 +1,4 @@
-"""Damping and factorisation of Hessians: one Cholesky, no inverse.
+"""Shrinkage, damping and factorisation of Hessians: one Cholesky, no inverse.
 
 `H = M D Mᵀ` with `M` unit upper triangular: the feedback (LDLQ) form of GPTQ's matrix. Shapes: E experts, I inputs.
 """
@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Factor", "damp", "factorize"]
+__all__ = ["Factor", "damp", "factorize", "shrink"]
 
 _RETRIES = 4
 _RETRY_FACTOR = 10.0
@@ -37,6 +37,20 @@ class Factor:
     order_EI: Tensor
     damping_E: Tensor
     retries_E: Tensor
+
+
+def shrink(h_EII: Tensor, effective_E: Tensor, samples: float) -> Tensor:
+    """Hessians mixed with `samples` samples' worth of their own diagonal; the input is not changed.
+
+    Correlations of few samples are mostly chance. Those of a Hessian behind which `n` effective samples stand are
+    multiplied by `n / (n + samples)`; the diagonal stays.
+    """
+    if samples == 0:
+        return h_EII
+    trust_E = (effective_E / (effective_E + samples)).to(h_EII)
+    shrunk_EII = h_EII * trust_E[:, None, None]
+    shrunk_EII.diagonal(dim1=1, dim2=2).copy_(h_EII.diagonal(dim1=1, dim2=2))
+    return shrunk_EII
 
 
 def damp(h_EII: Tensor, damping_E: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from alphaquant.formats import ScaleKind, matrix_scale, round_scale
 from alphaquant.solver.backend import Backend
-from alphaquant.solver.factor import Factor, damp, factorize
+from alphaquant.solver.factor import Factor, damp, factorize, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.refine import refine, refit_scales
 from alphaquant.solver.rtn import hessian_loss, round_to_nearest
@@ -33,10 +33,11 @@ __all__ = [
     "Method",
     "Outcome",
     "Recipe",
-    "damping_by_evidence",
+    "Spending",
     "experts_a_part",
     "is_thin",
     "quantize_stack",
+    "trusted",
 ]
 
 WORKSPACE_WEIGHTS = 1 << 24  # weights solved at a time; about ten fp32 copies of them are alive
@@ -62,11 +63,13 @@ class Spending:
     """What an effort pays for beyond one walk.
 
     Attributes:
+        search: whether scales are searched before; else they cover every weight.
         shifts: more walks with all scales shifted so many times `_SHIFT / 2^bits`, relatively.
         refits: more walks with the scales refitted to the best codes so far.
         sweeps: of refinement: over all groups, scale first, then codes.
     """
 
+    search: bool = True
     shifts: tuple[int, ...] = ()
     refits: int = 0
     sweeps: int = 0
@@ -78,7 +81,7 @@ class Spending:
 
 
 SPENDING = {
-    Effort.FAST: Spending(),
+    Effort.FAST: Spending(search=False),
     Effort.DEFAULT: Spending(shifts=(1,), refits=1, sweeps=2),
     Effort.BEST: Spending(shifts=(1, -1), refits=3, sweeps=6),
 }
@@ -96,6 +99,7 @@ class Recipe:
         block_size: columns that are walked before their errors reach the rest; speed only.
         damping: least damping, relative to the mean diagonal.
         damping_evidence: damping is at least this times inputs / effective samples.
+        shrinkage: Hessians are mixed with so many samples' worth of their own diagonal, as a share of the inputs.
         routing_power: a routed row weighs its score to this power.
         rtn_below: experts with fewer effective samples than this share of their inputs are rounded to nearest.
         backend: what runs the inner loops; speed only, up to the order of sums.
@@ -107,8 +111,9 @@ class Recipe:
     block_size: int = 128
     damping: float = 0.01
     damping_evidence: float = 0.1
+    shrinkage: float = 0.0
     routing_power: float = 1.0
-    rtn_below: float = 0.25
+    rtn_below: float = 1 / 32
     backend: Backend = Backend.AUTO
 
 
@@ -169,17 +174,23 @@ def quantize_stack(
             if experts.numel() == 0:
                 continue
             index = experts.to(w_EOI.device)
-            h_part = None if h_EII is None else h_EII[index]
-            damping_E = None if effective_E is None else damping_by_evidence(effective_E[experts], in_features, recipe)
+            h_part, damping_E = None, None
+            if h_EII is not None and effective_E is not None:
+                h_part, damping_E = trusted(h_EII[index], effective_E[experts], recipe)
             part = _quantize_part(w_EOI[index], h_part, damping_E, scheme, recipe, workspace, rounded=is_rounded)
             parts.append(replace(part, fallback_E=fallback_E[experts]))
             order.append(experts)
     return _map(lambda *x: torch.cat(x)[torch.cat(order).argsort().to(x[0].device)], parts)
 
 
-def damping_by_evidence(effective_E: Tensor, in_features: int, recipe: Recipe) -> Tensor:
-    """Damping by evidence: the fewer samples an input has, the less its correlations are trusted."""
-    return (recipe.damping_evidence * in_features / effective_E.clamp_min(1)).clamp_min(recipe.damping).float()
+def trusted(h_EII: Tensor, effective_E: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Hessians as far as the evidence carries them, and their damping.
+
+    The fewer samples an input has, the more its correlations are shrunk and the more it is damped.
+    """
+    in_features = h_EII.shape[1]
+    damping_E = (recipe.damping_evidence * in_features / effective_E.clamp_min(1)).clamp_min(recipe.damping).float()
+    return shrink(h_EII, effective_E, recipe.shrinkage * in_features), damping_E
 
 
 def is_thin(effective_E: Tensor, in_features: int, recipe: Recipe) -> Tensor:
@@ -231,20 +242,20 @@ def _solve_rows(
     recipe: Recipe,
     global_scale_E: Tensor | None,
 ) -> Solution:
-    start = absmax_scales(w_EOI, scheme, global_scale_E)
-    fast = recipe.effort is Effort.FAST
+    spending = SPENDING[recipe.effort]
+    covering = absmax_scales(w_EOI, scheme, global_scale_E)
     if factor is None or damped_EII is None:
-        rounded = round_to_nearest(w_EOI, scheme, start, damped_EII)
-        if fast:
+        rounded = round_to_nearest(w_EOI, scheme, covering, damped_EII)
+        if not spending.search:
             return rounded
         importance_EI = None if damped_EII is None else damped_EII.diagonal(dim1=1, dim2=2)
         scales = search_scales(w_EOI, scheme, importance_EI, global_scale_E)
         # errors of correlated inputs add up: the search sees single columns, so it may lose to where it began
         return better_rows(rounded, round_to_nearest(w_EOI, scheme, scales, damped_EII))
-    if fast:
-        return solve(w_EOI, factor, scheme, start, recipe.block_size, recipe.backend)
-    scales, spending = search_scales(w_EOI, scheme, global_scale_E=global_scale_E), SPENDING[recipe.effort]
+    scales = search_scales(w_EOI, scheme, global_scale_E=global_scale_E) if spending.search else covering
     solution = _best_walk(w_EOI, damped_EII, factor, scheme, scales, recipe)
+    if spending.sweeps == 0:
+        return solution
     return refine(w_EOI, damped_EII, solution, sweeps=spending.sweeps, backend=recipe.backend)
 
 
