@@ -252,6 +252,7 @@ def test_settings_reach_the_solver(single, text):
         "act_order": False,
         "damping": 0.5,
         "damping_evidence": 3.0,
+        "shrinkage": 2.0,
         "routing_power": 0.0,
         "rtn_below": 100.0,
     }
@@ -384,6 +385,7 @@ def test_without_a_gpu_cuda_is_an_error(untouched):
         ("damping", -0.1),
         ("damping", float("nan")),
         ("damping_evidence", float("inf")),
+        ("shrinkage", -0.1),
         ("routing_power", "1"),
         ("rtn_below", None),
     ],
