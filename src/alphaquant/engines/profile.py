@@ -25,6 +25,7 @@ NAMELESS_ATTENTION = ("deepseek",)
 """Families whose attention vLLM 0.32 builds without giving its linears their names: rules by name miss them."""
 
 _ATTENTION = "*.self_attn.*"
+_LEAVE = 'leave it with "skip": true, or give it another format'
 
 
 class TieGroup(NamedTuple):
@@ -45,16 +46,24 @@ class Violation(NamedTuple):
     """What an engine would not take, or would get silently wrong.
 
     Attributes:
-        module: the first module concerned, by checkpoint name.
-        num_modules: how many are.
+        names: the modules concerned, by checkpoint name.
         rule: the engine's rule, and what it meets.
         remedy: what to do about it.
     """
 
-    module: str
-    num_modules: int
+    names: tuple[str, ...]
     rule: str
     remedy: str
+
+    @property
+    def module(self) -> str:
+        """The first module concerned."""
+        return self.names[0]
+
+    @property
+    def num_modules(self) -> int:
+        """How many are."""
+        return len(self.names)
 
     def __str__(self) -> str:
         more = f" and {self.num_modules - 1} more" if self.num_modules > 1 else ""
@@ -155,12 +164,16 @@ class Profile:
         refused = [self._refused(schemes, modules, tp, name, gpu) for name in names]
         return ties + min(refused, key=lambda found: sum(violation.num_modules for violation in found))
 
-    def best_layout(self, schemes: Schemes, modules: Sequence[Module], *, tp: int = 1) -> str | None:
+    def best_layout(
+        self, schemes: Schemes, modules: Sequence[Module], *, tp: int = 1, gpu: int | None = None
+    ) -> str | None:
         """The first of the engine's layouts in which it takes every module, or None."""
         quantized = _distinct(schemes, modules)
-        return next(
-            (n for n in self.layouts if all(self.allowed(s, m, tp=tp, layout=n) is None for s, m in quantized)), None
-        )
+
+        def takes(layout: str) -> bool:
+            return all(self.allowed(s, m, tp=tp, layout=layout, gpu=gpu) is None for s, m in quantized)
+
+        return next(filter(takes, self.layouts), None)
 
     def legalize(self, schemes: Schemes, modules: Sequence[Module], *, tp: int = 1) -> Legalized:
         """Lift modules that must share a scheme to the best of theirs, and leave what must stay unquantized.
@@ -217,46 +230,61 @@ class Profile:
         shown = " and ".join(_show(scheme) for scheme in sorted(found, key=_rank))
         odd = next(name for name in group.names if schemes[name] != best)
         remedy = f"give {', '.join(group.patterns)} one scheme, such as {_show(best)}, or pass --legalize"
-        return Violation(odd, len(group.names), f"{group.why}, and here they are {shown}", remedy)
+        names = (odd, *(name for name in group.names if name != odd))
+        return Violation(names, f"{group.why}, and here they are {shown}", remedy)
 
     def _best(self, found: Sequence[Scheme | None], members: Sequence[Module], tp: int) -> Scheme | None:
-        """The best of these schemes that every member can have; unquantized where none is."""
+        """The best of these schemes that every member can have, else the best of them."""
+        ranked = sorted(found, key=_rank, reverse=True)
+        return next((scheme for scheme in ranked if self._fits(scheme, members, tp)), ranked[0])
+
+    def _fits(
+        self,
+        scheme: Scheme | None,
+        members: Sequence[Module],
+        tp: int,
+        layout: str | None = None,
+        gpu: int | None = None,
+    ) -> bool:
+        """Whether every one of these modules can have the scheme."""
+        if scheme is None:
+            return True
         shapes = {(m.kind, leaf(m), m.out_features, m.in_features): m for m in members}.values()
-        for scheme in sorted(found, key=_rank, reverse=True):
-            if scheme is None or all(_divides(scheme, m) and self.allowed(scheme, m, tp=tp) is None for m in shapes):
-                return scheme
-        return max(found, key=_rank)
+        return all(
+            _divides(scheme, m) and self.allowed(scheme, m, tp=tp, layout=layout, gpu=gpu) is None for m in shapes
+        )
 
     def _refused(
         self, schemes: Schemes, modules: Sequence[Module], tp: int, layout: str, gpu: int | None
     ) -> list[Violation]:
-        """One violation for each reason and scheme, with the first module that it concerns."""
+        """One violation for each reason and scheme."""
         found: dict[tuple[str, Scheme], list[Module]] = {}
         for module in modules:
             scheme = schemes[module.name]
             reason = self.allowed(scheme, module, tp=tp, layout=layout, gpu=gpu)
             if scheme is not None and reason is not None:
                 found.setdefault((reason, scheme), []).append(module)
+        elsewhere = self.best_layout(schemes, modules, tp=tp, gpu=gpu) if found else None
         return [
-            Violation(members[0].name, len(members), reason, self._remedy(scheme, members[0], tp, layout, gpu))
+            Violation(
+                tuple(module.name for module in members),
+                reason,
+                self._other_scheme(scheme, members, tp, layout, gpu)
+                or (f"write it with --format {elsewhere}" if elsewhere is not None else _LEAVE),
+            )
             for (reason, scheme), members in found.items()
         ]
 
-    def _remedy(self, scheme: Scheme, module: Module, tp: int, layout: str, gpu: int | None) -> str:
-        """The nearest scheme that is allowed: another group, else the unquantized module."""
+    def _other_scheme(
+        self, scheme: Scheme, members: Sequence[Module], tp: int, layout: str, gpu: int | None
+    ) -> str | None:
+        """What makes it the nearest scheme that these modules can have: another group, other inputs; None: nothing."""
         for other in _neighbours(scheme):
-            if _divides(other, module) and self.allowed(other, module, tp=tp, layout=layout, gpu=gpu) is None:
+            if self._fits(other, members, tp, layout, gpu):
                 keys = [f'"group_size": {other.group_size}'] if other.group_size != scheme.group_size else []
                 keys += [f'"aq": "{other.activation.value}"'] if other.activation is not scheme.activation else []
                 return f"give it {' and '.join(keys)}"
-        elsewhere = [
-            name
-            for name in self.layouts
-            if name != layout and self.allowed(scheme, module, tp=tp, layout=name, gpu=gpu) is None
-        ]
-        if elsewhere:
-            return f"write it with --format {elsewhere[0]}"
-        return 'leave it with "skip": true, or give it another format'
+        return None
 
 
 def _distinct(schemes: Schemes, modules: Sequence[Module]) -> list[tuple[Scheme, Module]]:
