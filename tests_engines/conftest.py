@@ -13,6 +13,9 @@ sys.path.insert(0, str(ROOT / "tests"))  # tiny models come from there
 
 def pytest_addoption(parser):
     parser.addoption("--vllm", default=str(ROOT / ".venv-engines/bin/python"), help="A Python that has vLLM.")
+    parser.addoption(
+        "--gptqmodel", default=str(ROOT / ".venv-gptqmodel/bin/python"), help="A Python that has GPTQModel."
+    )
 
 
 @pytest.fixture(scope="session")
