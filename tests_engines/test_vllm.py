@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import alphaquant
+from alphaquant.calibration import load_tokenizer
 from alphaquant.pipeline import export_checkpoint
 from alphaquant.verification import random_prompts
 from alphaquant.verification.engine import ask, likenesses
@@ -54,6 +56,15 @@ def likeness(answer, name):
     return dict(zip(pairs, likenesses(found), strict=True))[name]
 
 
+def our_scores(directory, texts):
+    """Log-probabilities of each token but the first, by our decoder in fp32."""
+    model, found = alphaquant.load(directory, dtype="fp32"), []
+    for text in texts:
+        ids = torch.tensor([text])
+        found.append(model.logits(ids)[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0])
+    return torch.cat(found)
+
+
 @pytest.mark.parametrize("family", models.FAMILIES)
 def test_every_family_is_served_from_four_bits(answer, family):
     found = likeness(answer, family)
@@ -74,11 +85,62 @@ def test_our_decoder_says_what_vllm_says(answer, family):
     """vLLM as a witness of our definitions; the only one of the first DeepSeek-MoE that others wrote."""
     pairs, found = answer
     theirs = found["pairs"][list(pairs).index(family)][0]
-    model = alphaquant.load(pairs[family][0], dtype="fp32")
-    apart = []
-    for prompt, tokens, scores in zip(PROMPTS, theirs["tokens"], theirs["scores"], strict=True):
-        ids = torch.tensor([prompt + tokens])
-        logprobs = model.logits(ids)[0, :-1].float().log_softmax(-1)
-        apart.append((logprobs.gather(1, ids[0, 1:, None])[:, 0] - torch.tensor(scores)).abs())
-    assert float(torch.cat(apart).mean()) < 0.05  # they compute in bf16, we in fp32
+    texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, theirs["tokens"], strict=True)]
+    apart = our_scores(pairs[family][0], texts) - torch.tensor(theirs["scores"]).flatten()
+    assert float(apart.abs().mean()) < 0.05  # they compute in bf16, we in fp32
     assert json.loads((pairs[family][0] / "config.json").read_text())["architectures"]
+
+
+# --- Layers of several kinds, in a model that has been trained: its routers and its next tokens are decided -----------
+
+DEMO = Path(alphaquant.__file__).parent / "data"
+INT4 = {"wq": "int4", "group_size": 64}
+W8A8 = {"wq": "int8", "group_size": -1, "aq": "int8"}
+FP8 = {"wq": "fp8", "group_size": -1, "aq": "fp8"}
+MIXES = {
+    "int4, W8A8, fp8 and bf16 by layer": {
+        "default": INT4,
+        "overrides": [
+            {"pattern": "model.layers.1.*", **W8A8},
+            {"pattern": "model.layers.2.*", "skip": True},
+            {"pattern": "model.layers.3.self_attn.*", **FP8},  # vLLM has no kernel for FP8 experts on CPUs
+            {"pattern": "model.layers.4.*", **W8A8},
+        ],
+    },
+    "attention in W8A8, experts in int4": {
+        "default": W8A8,
+        "overrides": [{"pattern": "*.experts.*", **INT4, "aq": "bf16"}],
+    },
+}
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, vllm):
+    """The bundled model in each mix, on prompts of the bundled text."""
+    root, pairs = tmp_path_factory.mktemp("trained"), {}
+    ids = load_tokenizer(DEMO / "demo-model").encode((DEMO / "evaluation.txt").read_text(encoding="utf-8")[:6000])
+    prompts = [ids[start : start + 24] for start in range(0, 600, 100)]
+    for name, plan in MIXES.items():
+        out = root / name.replace(" ", "-").replace(",", "")
+        tiny.quantize(DEMO / "demo-model", out, plan, None, layout="compressed-tensors")
+        export_checkpoint(out, root / f"{out.name}-dense", "dense")
+        pairs[name] = (root / f"{out.name}-dense", out)
+    return pairs, ask("vllm", vllm, list(pairs.values()), prompts, new_tokens=16), prompts
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_mix_by_layer_says_what_its_dense_export_says(trained, mix):
+    """Token for token. Scores differ: inputs are rounded to 8 bits here, and of the dense export none are."""
+    pairs, answer, _ = trained
+    found = likeness((pairs, answer), mix)
+    assert found.same_tokens == 1.0, found
+    assert (found.agreement > 0.95, found.mean_difference < 0.04) == (True, True), found
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_inputs_are_rounded_in_vllm_as_in_our_decoder(trained, mix):
+    pairs, answer, prompts = trained
+    twin, served = answer["pairs"][list(pairs).index(mix)]
+    texts = [prompt + tokens for prompt, tokens in zip(prompts, twin["tokens"], strict=True)]
+    theirs, ours = torch.tensor(served["scores"]).flatten(), our_scores(pairs[mix][1], texts)
+    assert float((ours - theirs).abs().mean()) < 0.03
