@@ -2,6 +2,7 @@
 # make test   set up, run the tests
 # make test-tasks  the tests that need lm-eval, in an environment of its own
 # make test-engines  the tests that load what we write in vLLM and transformers, in an environment of its own
+# make test-gptqmodel  holds the GPTQ layouts against GPTQModel, which brings a torch of several GB
 # make soak   the long tests: kills at every touch of the disk, alone and in a team of two; 20,000 hostile files
 # make check  lint, format, types
 # make docs   the documents as a site, in build/site
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # a process for each core, one thread in each: the models of the tests are too small for more
 PYTEST_ARGS ?= -n auto --maxprocesses 8
 
-.PHONY: demo test test-tasks test-engines soak check docs bench clean
+.PHONY: demo test test-tasks test-engines test-gptqmodel soak check docs bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/alphaquant demo -o demo-output --overwrite
@@ -34,6 +35,9 @@ soak: $(VENV)/.installed-dev
 
 test-engines: $(VENV)/.installed-dev $(ENGINES)/.installed
 	$(BIN)/python -m pytest -p no:cacheprovider tests_engines --vllm $(ENGINES)/bin/python
+
+test-gptqmodel: $(VENV)/.installed-dev $(VENV)-gptqmodel/.installed
+	$(BIN)/python -m pytest -p no:cacheprovider tests_engines/test_gptqmodel.py --gptqmodel $(VENV)-gptqmodel/bin/python
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -80,6 +84,11 @@ $(ENGINES)/.installed: constraints-engines.txt
 	$(ENGINES)/bin/python -m pip --disable-pip-version-check --quiet uninstall -y torchvision torchaudio torchcodec
 	touch $@
 
+$(VENV)-gptqmodel/.installed:
+	$(PYTHON) -m venv $(VENV)-gptqmodel
+	$(VENV)-gptqmodel/bin/python -m pip --disable-pip-version-check --quiet install gptqmodel==7.7.0
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-tasks $(ENGINES) $(VENV)-docs build demo-output .mypy_cache .ruff_cache .pytest_cache \
+	rm -rf $(VENV) $(VENV)-tasks $(ENGINES) $(VENV)-gptqmodel $(VENV)-docs build demo-output .mypy_cache .ruff_cache .pytest_cache \
 		.hypothesis

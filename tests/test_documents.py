@@ -121,6 +121,13 @@ def test_links_lead_somewhere(page: str) -> None:
     assert [link for link in links if link and not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
+def test_what_the_readme_calls_proven_is_tested() -> None:
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests*/**/test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (ROOT / README).read_text(encoding="utf-8"))
+    assert len(named) >= 6
+    assert [name for name in named if f"\ndef {name}(" not in tests] == []
+
+
 def test_readme_plan_is_a_plan() -> None:
     (plan,) = (Plan.parse(block) for block in blocks("json"))
     assert [rule.pattern for rule in plan.overrides] == [

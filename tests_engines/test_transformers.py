@@ -46,6 +46,7 @@ def found(tmp_path_factory):
         add(name, "olmoe", {"default": entry(REST[name]), "overrides": [{"pattern": "*.experts.*", **entry(name)}]})
     for family in ("mixtral", "qwen2_moe", "qwen3_moe", "llama"):
         add(family, family, {"default": entry("int4")})
+    add("llama, zero points", "llama", {"default": {**entry("int3"), "symmetric": False}})
     return dict(zip(pairs, compare("transformers", sys.executable, list(pairs.values()), PROMPTS), strict=True))
 
 
@@ -54,6 +55,6 @@ def test_experts_and_the_rest_in_two_formats(found, name):
     assert (found[name].same_tokens, found[name].logits < 1e-3) == (1.0, True), found[name]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "llama"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "llama", "llama, zero points"])
 def test_every_family_of_its_own(found, family):
     assert (found[family].same_tokens, found[family].logits < 1e-3) == (1.0, True), found[family]
