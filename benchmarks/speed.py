@@ -6,7 +6,8 @@
 Weights are random, activations correlated. On a CPU a few experts and few tokens are measured, and what a whole layer
 takes on `--whole-tokens` is the measured rates times its work. Ceilings (products and copies) are measured in between.
 Work is counted by formula: forward 2 a weight and token that reads it, Hessian I² a row, factor I³/3, walk O·I²;
-`more` is what the default effort does beyond one search and one walk: two walks, and two refinements of 4·O·I² each.
+`more` is what the default effort does beyond one search and one walk: two walks of O·I², a refit of 3·O·I², two
+sweeps of refinement, which with the gradient that they start from take 5·O·I², and the row's energy, 2·O·I².
 Prints JSON.
 """
 
@@ -213,9 +214,9 @@ def measured(name: str, shape: Shape, args: argparse.Namespace, device: torch.de
         for out_features, in_features in matrices.values():
             each = {
                 "factor": in_features**3 / 3,
-                "scales": 33 * 8 * out_features * in_features,
+                "scales": (17 if args.format.startswith("int") else 41) * 8 * out_features * in_features,
                 "walk": out_features * in_features**2,
-                "more": (2 + 2 * 4) * out_features * in_features**2,
+                "more": (2 + 3 + 5 + 2) * out_features * in_features**2,
             }[phase]
             work += shape.experts * each * (1 + attention_share)
         rate = work / whole_seconds

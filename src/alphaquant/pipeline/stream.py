@@ -281,8 +281,8 @@ def _each_chunk(
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all elements are numbers: a sum is one pass without a temporary, and only where it overflows is more."""
-    return math.isfinite(x.sum(dtype=torch.float32)) or bool(torch.isfinite(x).all())
+    """Whether all elements are numbers: a sum of their own type is one pass, and only where it overflows is there more."""
+    return math.isfinite(x.sum()) or bool(torch.isfinite(x).all())
 
 
 def no_number(sample: int, where: str, module: str = "") -> NumericsError:
