@@ -281,7 +281,7 @@ def _each_chunk(
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all elements are numbers: a sum of their own type is one pass, and only where it overflows is there more."""
+    """Whether all elements are numbers: one pass, a sum of their own type; and a look at each where it overflows."""
     return math.isfinite(x.sum()) or bool(torch.isfinite(x).all())
 
 
