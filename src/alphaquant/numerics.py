@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["bf16_products", "give_back_freed_memory", "keep_freed_memory"]
+__all__ = ["bf16_products", "give_back_freed_memory", "keep_freed_memory", "rough_products"]
 
 
 @contextmanager
@@ -22,11 +23,28 @@ def bf16_products(like: Tensor) -> Iterator[None]:
 
     Nothing is lost for operands that came from bf16. Elsewhere products stay as they are.
     """
-    if like.dtype is not torch.bfloat16 or like.device.type != "cpu":
+    with _medium_precision(applies=like.dtype is torch.bfloat16 and like.device.type == "cpu"):
         yield
-        return
+
+
+@contextmanager
+def rough_products(like: Tensor) -> Iterator[None]:
+    """The same for operands of any kind, where three digits will do: on a CPU with AMX, three times as fast as fp32."""
+    with _medium_precision(applies=like.device.type == "cpu" and _has_amx()):
+        yield
+
+
+@cache
+def _has_amx() -> bool:
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return probe is not None and bool(probe())
+
+
+@contextmanager
+def _medium_precision(*, applies: bool) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    if applies:
+        torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alphaquant.formats import FORMATS, ScaleKind, Scheme, dequantize, matrix_scale, round_scale
+from alphaquant.numerics import rough_products
 from alphaquant.solver import (
     Effort,
     Method,
@@ -179,7 +180,8 @@ def test_well_fed_experts_go_through_the_steps_of_their_effort(scheme: Scheme, e
             scale = round_scale(scales.scale * (1 + shift * 0.6 / 2**scheme.format.bits), scheme)
             expected = better_rows(expected, solve(w, factor, scheme, replace(scales, scale=scale)))
         for _ in range(refits if scheme.format.scale is ScaleKind.MODEL else 0):
-            refitted = refit_scales(w, damped, expected.quantized)
+            with rough_products(w):
+                refitted = refit_scales(w, damped, expected.quantized)
             again = Scales(refitted.scale, refitted.zero, refitted.global_scale)
             expected = better_rows(expected, solve(w, factor, scheme, again))
         assert (expected.loss_EO <= first.loss_EO).all()
@@ -200,7 +202,9 @@ def test_loss_and_energy_are_those_of_the_damped_hessian(scheme: Scheme) -> None
         error = w[expert].double() - dequantize(outcome.quantized)[expert].double()
         loss, energy = oracle.loss(error, damped), oracle.loss(w[expert].double(), damped)
         torch.testing.assert_close(outcome.loss_EO[expert].double(), loss, rtol=5e-4, atol=0)
-        torch.testing.assert_close(outcome.energy_EO[expert].double(), energy, rtol=1e-4, atol=0)
+        # a product in bf16 where a CPU has AMX
+        torch.testing.assert_close(outcome.energy_EO[expert].double(), energy, rtol=2e-2, atol=0)
+        torch.testing.assert_close(outcome.energy_EO[expert].double().sum(), energy.sum(), rtol=4e-3, atol=0)
 
 
 @pytest.mark.parametrize("name", ["int2", "int3", "int4", "mxfp4", "nvfp4", "fp4"])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alphaquant.formats import ScaleKind, matrix_scale, round_scale
+from alphaquant.numerics import rough_products
 from alphaquant.solver.backend import Backend
 from alphaquant.solver.factor import Factor, damp, factorize, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
@@ -222,10 +223,12 @@ def _quantize_part(
     for w_part in w_EOI.split(max(1, workspace // (num_experts * in_features)), 1):
         w_part_EOI = w_part.float()
         solution = _solve_rows(w_part_EOI, damped_EII, factor, scheme, recipe, global_scale_E)
+        with rough_products(w_EOI):  # for the report alone
+            energy_EO = hessian_loss(w_part_EOI, damped_EII)
         outcome = Outcome(
             quantized=solution.quantized,
             loss_EO=solution.loss_EO,
-            energy_EO=hessian_loss(w_part_EOI, damped_EII),
+            energy_EO=energy_EO,
             damping_E=nothing_E if factor is None else factor.damping_E.cpu(),
             retries_E=nothing_E.long() if factor is None else factor.retries_E.cpu(),
             fallback_E=nothing_E.bool(),
@@ -280,7 +283,8 @@ def _best_walk(
         shifted = replace(scales, scale=round_scale(scales.scale * factor_of, scheme))
         best = better_rows(best, walk(shifted))
     for _ in range(spending.refits if scheme.format.scale is ScaleKind.MODEL else 0):
-        refitted = refit_scales(w_EOI, damped_EII, best.quantized)
+        with rough_products(w_EOI):  # scales are rounded, and whether they are better is seen by their walk
+            refitted = refit_scales(w_EOI, damped_EII, best.quantized)
         best = better_rows(best, walk(Scales(refitted.scale, refitted.zero, refitted.global_scale)))
     return best
 
