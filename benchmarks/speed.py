@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,7 +75,12 @@ def synchronized(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def seconds(run: Callable[[], Any], device: torch.device, repeats: int = REPEATS) -> float:
+def seconds(
+    run: Callable[[], Any],
+    device: torch.device,
+    repeats: int = REPEATS,
+    middle: Callable[[list[float]], float] = median,
+) -> float:
     """Median time of a call; the first, which compiles and fills caches, is not counted where there are several.
 
     One thread of a CPU is timed by what it has worked, which other work beside it disturbs less.
@@ -88,18 +93,18 @@ def seconds(run: Callable[[], Any], device: torch.device, repeats: int = REPEATS
         run()
         synchronized(device)
         times.append(clock() - begin)
-    return statistics.median(times[repeats > 1 :])
+    return middle(times[repeats > 1 :])
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """FLOP/s of large products in bf16 and fp32, and bytes/s of a copy (read and written)."""
+    """FLOP/s of large products in bf16 and fp32, and bytes/s of a copy (read and written): the best of several."""
     size = 8192 if device.type == "cuda" else 1536
     found = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a = torch.randn(size, size, device=device, dtype=dtype)
-        found[name] = 2 * size**3 / seconds(lambda a=a: a @ a, device)
+        found[name] = 2 * size**3 / seconds(lambda a=a: a @ a, device, 9, min)
     block = torch.empty(1 << 26, dtype=torch.float32, device=device).normal_()
-    found["copy"] = 2 * block.nbytes / seconds(block.clone, device)
+    found["copy"] = 2 * block.nbytes / seconds(block.clone, device, 9, min)
     return found
 
 
