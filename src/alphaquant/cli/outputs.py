@@ -10,6 +10,7 @@ import typer
 
 from alphaquant.cli.options import Format, JsonOpt, OverwriteOpt, check_single_file, print_json
 from alphaquant.errors import OutputError
+from alphaquant.numerics import give_back_freed_memory
 from alphaquant.pipeline import export_checkpoint, run_status, save_single_file
 from alphaquant.report import human_bytes, write_comparison, write_report
 from alphaquant.terminal import out, print_status
@@ -28,6 +29,7 @@ def export(
     as_json: JsonOpt = False,
 ) -> None:
     """Convert a quantized directory to another layout, losslessly from its codes, or gather it in one .pt file."""
+    give_back_freed_memory()  # else a second layer lies beside the first one's remains
     if output.suffix == ".pt":
         if layout is not None:
             raise OutputError(

@@ -38,7 +38,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     if bits == _LANES:
         return codes.clone(memory_format=torch.contiguous_format)
     n = codes.shape[-1]
-    lanes = functional.pad(codes, (0, -n % _LANES)).contiguous()
+    lanes = _padded(codes, _LANES).contiguous()
     words = lanes.reshape(-1).view(torch.int64)
     packed = torch.empty((len(words), bits), dtype=torch.uint8, device=codes.device)
     for part, target in zip(_chunks(words), _chunks(packed), strict=True):
@@ -70,7 +70,7 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
         AlphaQuantError: as ``pack_rows``.
     """
     packed = pack_rows(codes, bits)
-    return _reinterpret(functional.pad(packed, (0, -packed.shape[-1] % 4)), torch.int32)
+    return _reinterpret(_padded(packed, 4), torch.int32)
 
 
 def unpack_int32(packed: Tensor, bits: int, n: int) -> Tensor:
@@ -89,16 +89,22 @@ def _unpack_bytes(packed: Tensor, bits: int, n: int) -> Tensor:
     packed = packed[..., : _num_units(n, bits, 8)]
     if bits == _LANES:
         return packed.clone(memory_format=torch.contiguous_format)
-    padded = functional.pad(packed, (0, -packed.shape[-1] % bits)).contiguous()
+    padded = _padded(packed, bits).contiguous()
     fields = padded.reshape(-1, bits)
-    words = torch.empty(len(fields), dtype=torch.int64, device=packed.device)
+    words = torch.zeros(len(fields), dtype=torch.int64, device=packed.device)
     for part, target in zip(_chunks(fields), _chunks(words), strict=True):
-        target.copy_(functional.pad(part, (0, _LANES - bits)).view(torch.int64)[:, 0])
+        target[:, None].view(torch.uint8)[:, :bits] = part
         for shift, low, high in reversed(_steps(bits)):
             moved = target.bitwise_and(high).bitwise_left_shift_(shift)
             target.bitwise_and_(low).bitwise_or_(moved)
     codes = words.view(torch.uint8).reshape(*padded.shape[:-1], padded.shape[-1] // bits * _LANES)
     return codes[..., :n].contiguous()
+
+
+def _padded(x: Tensor, multiple: int) -> Tensor:
+    """Zeros behind the last dimension, up to a multiple; nothing is copied where there is nothing to add."""
+    missing = -x.shape[-1] % multiple
+    return functional.pad(x, (0, missing)) if missing else x
 
 
 def _steps(bits: int) -> list[tuple[int, int, int]]:
