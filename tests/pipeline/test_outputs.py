@@ -16,7 +16,7 @@ from alphaquant.errors import CheckpointError, OutputError
 from alphaquant.formats import QuantizedTensor, dequantize
 from alphaquant.layouts import QuantizedCheckpoint
 from alphaquant.models import Decoder, detect, load_decoder
-from alphaquant.pipeline import export_checkpoint, load, save_single_file
+from alphaquant.pipeline import check_shards, export_checkpoint, load, save_single_file
 from alphaquant.solver import Effort, Recipe
 
 from . import tiny
@@ -161,6 +161,21 @@ def test_an_export_tells_of_itself(runs, tmp_path):
     assert after["summary"] == before["summary"]
     for note in ("plan.json", "records/layer-00001.json", "records/outer.json"):
         assert (out / "alphaquant" / note).read_bytes() == (run.out / "alphaquant" / note).read_bytes()
+
+
+def test_a_copy_within_a_layout_does_not_hide_damage(runs, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(runs("olmoe", "served", "compressed-tensors").out, source)
+    path = source / "model-00002-of-00003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    export_checkpoint(source, out, "compressed-tensors")
+    assert [problem.file for problem in check_shards(out)] == [path.name]
+    path.write_bytes(data + b"0" * 8)
+    with pytest.raises(CheckpointError, match="bytes"):
+        export_checkpoint(source, tmp_path / "other", "compressed-tensors")
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_export_that_cannot_hold_the_plan_is_refused(runs, tmp_path):

@@ -8,6 +8,7 @@ from alphaquant.checkpoint.reader import Checkpoint, read_safetensors
 from alphaquant.checkpoint.shard import Slot, TensorInfo, load_shard, read_rows
 from alphaquant.checkpoint.writer import (
     ShardInfo,
+    copy_file,
     sync_directory,
     write_bytes,
     write_index,
@@ -23,6 +24,7 @@ __all__ = [
     "ShardInfo",
     "Slot",
     "TensorInfo",
+    "copy_file",
     "hub_id_of",
     "load_shard",
     "open_model",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-from alphaquant.checkpoint.shard import CHUNK_BYTES, DTYPES, iter_chunks
+from alphaquant.checkpoint.shard import CHUNK_BYTES, DTYPES, iter_chunks, unreadable
 from alphaquant.errors import OutputError
 
 if TYPE_CHECKING:
@@ -25,9 +25,19 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["ShardInfo", "sync_directory", "write_bytes", "write_index", "write_json", "write_shard", "write_text"]
+__all__ = [
+    "ShardInfo",
+    "copy_file",
+    "sync_directory",
+    "write_bytes",
+    "write_index",
+    "write_json",
+    "write_shard",
+    "write_text",
+]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_COPIED_BYTES = 1 << 20  # at a time: they stay in the processor's cache
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -103,6 +113,23 @@ def write_json(path: str | Path, obj: Any, *, allow_nan: bool = False) -> str:
         ValueError: a number is NaN or infinite, which JSON does not know.
     """
     return write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n")
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file's bytes.
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        OutputError: the file cannot be written.
+    """
+    try:
+        file = source.open("rb", buffering=0)
+    except OSError as error:
+        raise unreadable(source, error) from error
+    piece = memoryview(bytearray(_COPIED_BYTES))
+    with file, _atomic_file(path) as copy:
+        while count := file.readinto(piece):
+            copy.write(piece[:count])
 
 
 def write_text(path: str | Path, text: str) -> str:

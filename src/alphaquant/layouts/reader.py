@@ -138,11 +138,6 @@ class QuantizedCheckpoint(DerivedSource):
         """As `read_quantized`, but None where the module is not quantized."""
         return self.read_quantized(module) if module in self.modules else None
 
-    def stored_names(self, name: str) -> tuple[str, ...]:
-        """The names under which a logical tensor is stored: of a quantized weight those of its parts."""
-        derived = self._of(name)
-        return (name,) if derived is None else derived.parts
-
     def _dequantized(self, module: str) -> Tensor:
         return dequantize(self.read_quantized(module))
 

@@ -14,6 +14,7 @@ from alphaquant.engines import engine_notes
 from alphaquant.errors import CheckpointError, OutputError
 from alphaquant.layouts import LAYOUTS, MODULES_FILE, DenseLayout, QuantizedCheckpoint, choose_layout
 from alphaquant.models import detect
+from alphaquant.pipeline.manifest import Manifest
 from alphaquant.pipeline.rundir import FOLDER, RunDir, check_output, check_writable
 
 if TYPE_CHECKING:
@@ -105,14 +106,15 @@ def export_checkpoint(source: Path, out: Path, layout_name: str | None, *, overw
     shapes = {name: module.shape for name, module in quantized.modules.items()}
     layout = pick_layout(layout_name, spec, schemes, shapes)
     check_output(out, source, overwrite=overwrite)
-    is_same = layout.name == quantized.layout.name
-    with RunDir.create(out, spec.num_layers + 1) as run:
-        for names in shard_names(spec, quantized):
-            if is_same:
-                stored = (part for name in names for part in quantized.stored_names(name))
-                run.add_shard({name: checkpoint.read(name) for name in stored})
-            else:
-                run.add_shard(shard_tensors(names, quantized.codes_of, layout, checkpoint.read))
+    written = Manifest.read(source) if layout.name == quantized.layout.name else None
+    names = shard_names(spec, quantized)
+    with RunDir.create(out, len(names)) as run:
+        if written is not None and len(written.shards) == len(names):
+            for shard in written.shards:
+                run.copy_shard(source, shard)
+        else:
+            for part in names:
+                run.add_shard(shard_tensors(part, quantized.codes_of, layout, checkpoint.read))
         for note in sorted((source / FOLDER).rglob("*.json")):
             name = note.relative_to(source / FOLDER).as_posix()
             if name not in ("manifest.json", "modules.json"):

@@ -16,6 +16,7 @@ from alphaquant.checkpoint import (
     SIDE_FILES,
     ShardInfo,
     Slot,
+    copy_file,
     load_shard,
     write_bytes,
     write_index,
@@ -201,6 +202,23 @@ class RunDir:
         shard = write_shard(self.path / name, tensors, {"format": "pt"})
         self.manifest = self.manifest.with_shard(shard)
         return shard
+
+    def copy_shard(self, source: Path, shard: ShardInfo) -> None:
+        """Take the next shard over from another output as it is, with the hash of what was written there.
+
+        Raises:
+            CheckpointError: the file is missing, or is not as long as it was.
+        """
+        path = source / shard.name
+        copy_file(path, self.path / shard.name)
+        found = (self.path / shard.name).stat().st_size
+        if found != shard.num_bytes:
+            raise CheckpointError(
+                f"the shard has {found} bytes, and {shard.num_bytes} were written",
+                where=str(path),
+                remedy="restore the file; `alphaquant verify` tells what else is damaged",
+            )
+        self.manifest = self.manifest.with_shard(shard)
 
     def write_note(self, name: str, content: Any) -> None:
         """Write a JSON file of ours, in the folder `alphaquant`."""
