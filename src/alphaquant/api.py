@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
@@ -34,6 +35,7 @@ from alphaquant.pipeline import (
     save_single_file,
     silent,
     torch_device,
+    turned,
 )
 from alphaquant.pipeline import evaluate_tasks as run_tasks
 from alphaquant.plan import Plan
@@ -41,7 +43,7 @@ from alphaquant.report import write_comparison, write_report
 from alphaquant.solver import Method, Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -140,6 +142,7 @@ def quantize(
     search: Search | None = None,
     gptq_config: GPTQConfig | None = None,
     calibration: Calibration | None = None,
+    rotate: str = "none",
     layout: str | None = None,
     serving: Serving | str | None = None,
     legalize: bool = False,
@@ -164,6 +167,8 @@ def quantize(
         search: with a budget: how the plan is found, of which formats, within which limits.
         gptq_config: settings of the method.
         calibration: tokens to calibrate on; None: 128 windows of 2,048 tokens of WikiText-2, and none for rounding.
+        rotate: the model is first rotated, exactly: `none`, `hadamard`, `block` (for MX formats), or `auto`, which
+            measures, and wants a plan.
         layout: `compressed-tensors`, `humming` or `dense`; None: the most widely served one that holds the plan.
         serving: where the result is to be served, which the plan must suit: an engine's name, or with its GPUs.
         legalize: raise what the engine wants to share a format.
@@ -190,18 +195,23 @@ def quantize(
     if limit is not None:
         give_back_freed_memory()
     costs: ErrorTable | None = None
+    used = calibration if recipe.method is Method.RTN else tokens
+    turn = partial(
+        turned, name=rotate, seed=tokens.seed, recipe=recipe, device=run_device, dtype=dtype, progress=progress
+    )
     if request is None:
         prepared, _ = _prepare(resolve_model(model), config, target if legalize else None)
+        prepared = turn(prepared, calibration=used)
     else:
         check_output(Path(out), resolve_model(model), overwrite=overwrite)
         means = Means(tokens, recipe, run_device, dtype, tokens.seed, progress)
-        prepared, _, _, costs = _propose(model, config, request, means)
+        prepared, _, _, costs = _propose(model, config, request, means, turn)
     with json_log(None if log_json is None else Path(log_json)) as log:
         result = quantize_checkpoint(
             prepared,
             Path(out),
             recipe=recipe,
-            calibration=calibration if recipe.method is Method.RTN else tokens,
+            calibration=used,
             layout=layout if target is None else target.layout(prepared, layout),
             device=run_device,
             dtype=dtype,
@@ -441,10 +451,14 @@ def _request(
 
 
 def _propose(
-    model: str | Path, config: Plan | Mapping[str, Any] | str | Path | None, request: Request, means: Means
+    model: str | Path,
+    config: Plan | Mapping[str, Any] | str | Path | None,
+    request: Request,
+    means: Means,
+    turn: Callable[[Prepared], Prepared] = lambda prepared: prepared,
 ) -> Proposal:
     base = Plan() if config is None else as_plan(config, name="config")
     if config is not None and not base.overrides:
         what = "config has no overrides, and with a budget only they are kept"
         raise PlanError(what, where="config", remedy="leave config out, or name the modules that you decide yourself")
-    return propose(request, prepare(resolve_model(model), to_fill(base)), means)
+    return propose(request, turn(prepare(resolve_model(model), to_fill(base))), means)

@@ -195,6 +195,10 @@ def print_result(report: dict[str, Any]) -> None:
         least = f"least-used expert {coverage['before']['least']:.0f} → {coverage['after']['least']:.0f} tokens"
         tenth = f"lowest tenth {coverage['before']['lowest_tenth']:.0f} → {coverage['after']['lowest_tenth']:.0f}"
         out.print(f"experts {least}, {tenth}, by a choice among {coverage['drawn']} windows", soft_wrap=True)
+    routers = report["routers"]
+    if routers is not None:
+        change = f"{routers['agreement_before']:.2%} → {routers['agreement_after']:.2%} of experts are the original's"
+        out.print(f"routers {routers['kept']} of {routers['layers']} refitted, {change}", soft_wrap=True)
     if report["events"]:
         kinds = Counter(re.sub(r"\d+", "…", event["event"]) for event in report["events"])
         out.print(f"events {len(report['events'])}", soft_wrap=True)

@@ -39,10 +39,10 @@ class Spy:
         """Watch the runs that follow."""
         original = layer_module.LayerQuantizer.layer
 
-        def layer(quantizer, index, weights, x_NLD):
+        def layer(quantizer, index, weights, x_NLD, *others):
             if x_NLD is not None:
                 self.before[index] = x_NLD.clone()
-            result = original(quantizer, index, weights, x_NLD)
+            result = original(quantizer, index, weights, x_NLD, *others)
             if x_NLD is not None:
                 self.after[index] = x_NLD.clone()
             self.weights[index] = weights

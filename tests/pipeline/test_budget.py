@@ -120,3 +120,13 @@ def test_every_family_can_be_foretold(family):
     assert plan.passes == plan.least_passes == 2 * spec.num_layers
     assert min(plan.parts.values()) > 0
     assert min(seconds.values()) > 0
+
+
+def test_a_second_stream_is_counted():
+    spec = detect(config_of("olmoe"))
+    schemes = Plan.from_dict({"default": {"wq": "int4", "group_size": 8}}).resolve(list(spec.modules())).schemes
+    cpu = torch.device("cpu")
+    one, two = (plan_memory(spec, schemes, (4, 16), torch.bfloat16, cpu, streams=n) for n in (1, 2))
+    assert two.parts["activations between layers"] == 2 * one.parts["activations between layers"]
+    repair = Recipe(repair_router=True)
+    assert foretell_seconds(spec, schemes, (4, 16), torch.bfloat16, cpu, repair)["repair"] > 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from alphaquant.errors import NumericsError
 from alphaquant.pipeline import layer as layer_module
 from alphaquant.pipeline import run_status, stream
+from alphaquant.solver import Recipe
 from pipeline import tiny
 from soak.forks import OWN_ERROR, result_of, start, wait
 
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 # what differs between the cases: kinds of layers, types, formats, what is left out, what is not calibrated
 CASES = {
-    "olmoe": {"plan": tiny.SERVED_PLAN},
+    "olmoe": {"plan": tiny.SERVED_PLAN, "recipe": Recipe(repair_router=True)},
     "llama": {"plan": tiny.HUMMING_PLAN, "dtype": "bfloat16"},
     "deepseek": {"plan": tiny.SERVED_PLAN | {"overrides": [{"pattern": "lm_head", "wq": "int4", "group_size": 32}]}},
     "qwen2_moe": {
@@ -67,14 +69,16 @@ def main(families: list[str]) -> dict[str, int]:
         text = tiny.write_text(folder / "text", 4000)
         for family in families:
             case = dict(CASES[family])
-            plan, calibrated = case.pop("plan"), case.pop("calibrated", True)
+            plan, calibrated, recipe = case.pop("plan"), case.pop("calibrated", True), case.pop("recipe", Recipe())
             plan = plan | {"default": _PLAN_DEFAULT | plan["default"]}
             model = tiny.write_model(folder / family, family, **case)
 
-            def work(out: Path, team: Team, stop: int | None = None, model=model, plan=plan, used=calibrated) -> None:
+            call = partial(tiny.quantize, model, plan=plan, text=text if calibrated else None, recipe=recipe)
+
+            def work(out: Path, team: Team, stop: int | None = None, call=call) -> None:
                 if stop is not None:
                     stop_in_layer(stop)
-                tiny.quantize(model, out, plan, text if used else None, team=team)
+                call(out, team=team)
 
             results = {}
             for size in (1, 2, 4):

@@ -50,7 +50,7 @@ class Budget:
                 raise PlanError(what, where="--max-kl", remedy="give nats a token, such as 0.05")
             return int(8 * prepared.spec.dtype.itemsize * weights)
         rest = rest_bits(prepared)
-        whole = 8 * prepared.checkpoint.total_bytes
+        whole = 8 * prepared.total_bytes
         if 8 * self.size > whole:
             what = f"--size is {self.size:,} bytes, and the model has no more than {whole // 8:,}"
             raise PlanError(what, where="--size", remedy="give less, or keep the model as it is")
@@ -63,7 +63,7 @@ class Budget:
 def rest_bits(prepared: Prepared) -> int:
     """Bits of all that is no subject: as stored, or as `--config` quantizes it."""
     counted = {module.name for module in subjects(prepared)}
-    total = 8 * prepared.checkpoint.total_bytes
+    total = 8 * prepared.total_bytes
     for module in prepared.spec.modules():
         stored = 8 * prepared.source.info(f"{module.name}.weight").num_bytes
         scheme, size = prepared.schemes[module.name], module.out_features * module.in_features

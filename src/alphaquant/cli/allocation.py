@@ -155,6 +155,8 @@ def refuse_with(request: Request | None, given: dict[str, bool]) -> None:
             remedy = "leave it out: formats are chosen from --formats, as --engine asks"
             if option == "--dry-run":
                 remedy = "find the plan with `alphaquant plan`, which writes nothing else"
+            if option == "--rotate auto":
+                remedy = "name the rotation: it is measured with formats that are known"
             raise ConfigError(f"{option} was given with a budget", remedy=remedy)
 
 

@@ -31,6 +31,8 @@ __all__ = [
     "ModelArg",
     "OverwriteOpt",
     "QuietOpt",
+    "Rotate",
+    "RotateOpt",
     "SamplesOpt",
     "SchemeOpt",
     "SeqlenOpt",
@@ -70,6 +72,15 @@ class Format(str, Enum):
     DENSE = "dense"
 
 
+class Rotate(str, Enum):
+    """How the model is rotated before it is quantized."""
+
+    NONE = "none"
+    HADAMARD = "hadamard"
+    BLOCK = "block"
+    AUTO = "auto"
+
+
 ModelArg = Annotated[
     str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a hub id such as allenai/OLMoE-1B-7B-0924.")
 ]
@@ -95,6 +106,9 @@ SamplesOpt = Annotated[int, typer.Option("--nsamples", min=1, help="Calibration 
 SeqlenOpt = Annotated[int, typer.Option("--seqlen", min=1, help="Tokens in a window.")]
 JsonOpt = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
 QuietOpt = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+RotateOpt = Annotated[
+    Rotate, typer.Option("--rotate", help="Rotate the model first, exactly; block: for MX; auto: by a measured loss.")
+]
 OverwriteOpt = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it holds something.")]
 
 

@@ -37,6 +37,8 @@ from alphaquant.cli.options import (
     ModelArg,
     OverwriteOpt,
     QuietOpt,
+    Rotate,
+    RotateOpt,
     SamplesOpt,
     SchemeOpt,
     SeqlenOpt,
@@ -63,6 +65,7 @@ from alphaquant.pipeline import (
     quantize_checkpoint,
     save_single_file,
     torch_device,
+    turned,
 )
 from alphaquant.solver import Backend, Effort, Method, Recipe
 from alphaquant.terminal import out, print_forecast, print_notes, print_result, print_sizes, progress_bar
@@ -96,6 +99,13 @@ def quantize(
         bool, typer.Option("--balance", help="Draw more windows; keep those that reach the least-used experts.")
     ] = False,
     routing_weight: Annotated[float, typer.Option(min=0, help="Routed rows weigh their score to this power.")] = 1.0,
+    repair_router: Annotated[
+        bool,
+        typer.Option(
+            "--repair-router/--no-repair-router", help="Refit routers to the original's choices; one pass more."
+        ),
+    ] = False,
+    rotate: RotateOpt = Rotate.NONE,
     kernels: Annotated[
         Backend, typer.Option(help="Inner loops by Triton or torch; auto: Triton on a GPU.")
     ] = Backend.AUTO,
@@ -140,20 +150,40 @@ def quantize(
     request = request_from(
         bits, size, validate=validate, formats=formats, table=table, serving=serving, layout=layout_name, seed=seed
     )
-    refuse_with(request, {"--scheme": scheme is not None, "--legalize": legalize, "--dry-run": dry_run})
+    refuse_with(
+        request,
+        {
+            "--scheme": scheme is not None,
+            "--legalize": legalize,
+            "--dry-run": dry_run,
+            "--rotate auto": rotate is Rotate.AUTO,
+        },
+    )
     prepared = prepare(open_model(model) if dry_run else resolve_model(model), base_plan(request, config, scheme))
     target = _output_directory(output, save, prepared, overwrite=overwrite, fresh=fresh)
-    recipe = Recipe(method=method, effort=effort, routing_power=routing_weight, backend=kernels)
+    recipe = Recipe(
+        method=method, effort=effort, routing_power=routing_weight, repair_router=repair_router, backend=kernels
+    )
     calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed, balance)
     is_quiet = quiet or as_json or team.rank > 0
+    used = None if method is Method.RTN and calib is None else calibration
+    with progress_bar("rotating", quiet=is_quiet) as progress:
+        prepared = turned(
+            prepared,
+            rotate.value,
+            seed=seed,
+            calibration=None if dry_run else used,
+            recipe=recipe,
+            device=run_device,
+            dtype=dtype.value,
+            progress=progress,
+        )
     means = Means(calibration, recipe, run_device, dtype.value, seed)
     prepared, _, changes, costs = proposal_for(request, prepared, means, serving, legalize=legalize, quiet=is_quiet)
     if team.rank == 0:
         print_notes(prepared.resolved.warnings, [*prepared.notes, *changes])
     if serving is not None:
         layout_name = serving.layout(prepared, layout_name)
-    blind = method is Method.RTN and calib is None
-    used = None if blind else calibration
     max_bytes = _limit(max_memory)
     if dry_run:
         planned_layout(prepared, layout_name)

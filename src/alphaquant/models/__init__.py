@@ -8,9 +8,12 @@ from alphaquant.models.decoder import (
     head_weight,
     mlp_half,
     rope_for,
+    router_input,
 )
 from alphaquant.models.families import FAMILIES, detect
 from alphaquant.models.linear import LayerWeights, as_served
+from alphaquant.models.moe import all_scores, route
+from alphaquant.models.rotate import Rotation, RotationKind, rotated
 from alphaquant.models.spec import MLPSpec, ModelSpec, MoESpec, Parameter, Source
 from alphaquant.models.tap import Routing, Tap
 from alphaquant.models.weights import (
@@ -31,10 +34,13 @@ __all__ = [
     "MoESpec",
     "ModelSpec",
     "Parameter",
+    "Rotation",
+    "RotationKind",
     "Routing",
     "Source",
     "Tap",
     "TensorSource",
+    "all_scores",
     "as_served",
     "attention_half",
     "check_tensors",
@@ -48,5 +54,8 @@ __all__ = [
     "read_layer",
     "read_outer",
     "rope_for",
+    "rotated",
+    "route",
+    "router_input",
     "unfused",
 ]

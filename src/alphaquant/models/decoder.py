@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from alphaquant.models.spec import ModelSpec
     from alphaquant.models.tap import Tap
 
-__all__ = ["Decoder", "LayerWeights", "attention_half", "expert_choice", "head_input", "mlp_half", "rope_for"]
+__all__ = [
+    "Decoder",
+    "LayerWeights",
+    "attention_half",
+    "expert_choice",
+    "head_input",
+    "mlp_half",
+    "rope_for",
+    "router_input",
+]
 
 
 def rope_for(spec: ModelSpec, length: int, device: torch.device | str, start: int = 0) -> tuple[Tensor, Tensor]:
@@ -63,8 +72,12 @@ def expert_choice(x_BLD: Tensor, weights: Mapping[str, Tensor], spec: ModelSpec,
     """What the router of `layer` chooses for a residual stream before its feed-forward, token by token."""
     mlp = spec.layers[layer].mlp
     assert isinstance(mlp, MoESpec)
-    normed = rms_norm(x_BLD, weights["post_attention_layernorm.weight"], spec.rms_norm_eps)
-    return route(normed.flatten(0, -2), weights, mlp)
+    return route(router_input(x_BLD, weights, spec), weights, mlp)
+
+
+def router_input(x_BLD: Tensor, weights: Mapping[str, Tensor], spec: ModelSpec) -> Tensor:
+    """What the router reads `[T, D]` of a residual stream before the feed-forward."""
+    return rms_norm(x_BLD, weights["post_attention_layernorm.weight"], spec.rms_norm_eps).flatten(0, -2)
 
 
 def head_input(x_BLD: Tensor, outer: Mapping[str, Tensor], spec: ModelSpec) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from alphaquant.models.tap import Tap
 
-__all__ = ["Choice", "feed_forward", "route"]
+__all__ = ["Choice", "all_scores", "feed_forward", "route"]
 
 _TINY = 1e-20  # sigmoids may all be zero
 
@@ -32,19 +32,23 @@ class Choice(NamedTuple):
     score_TK: Tensor
 
 
-def route(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec) -> Choice:
-    """Scores of all experts in fp32, then top-k, renormalised and scaled only where the model says so."""
-    router_ED = weights["mlp.gate.weight"]
+def all_scores(x_TD: Tensor, router_ED: Tensor, spec: MoESpec) -> Tensor:
+    """Scores `[T, E]` of all experts in fp32, before any is chosen."""
     if spec.exact_logits:
         x_TD, router_ED = x_TD.float(), router_ED.float()
     logits_TE = F.linear(x_TD, router_ED).float()
+    return logits_TE.sigmoid() if spec.scoring is Scoring.SIGMOID else logits_TE.softmax(-1)
+
+
+def route(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec) -> Choice:
+    """Scores of all experts in fp32, then top-k, renormalised and scaled only where the model says so."""
+    all_TE = all_scores(x_TD, weights["mlp.gate.weight"], spec)
     if spec.scoring is Scoring.SIGMOID:
-        all_TE = logits_TE.sigmoid()
         merit_TE = _of_best_groups(all_TE + weights["mlp.gate.e_score_correction_bias"], spec, 2, -torch.inf)
         topk_ids_TK = merit_TE.topk(spec.top_k, -1).indices
         score_TK = all_TE.gather(-1, topk_ids_TK)
     else:
-        score_TK, topk_ids_TK = _of_best_groups(logits_TE.softmax(-1), spec, 1, 0.0).topk(spec.top_k, -1)
+        score_TK, topk_ids_TK = _of_best_groups(all_TE, spec, 1, 0.0).topk(spec.top_k, -1)
     if spec.normalize_top_k:
         score_TK = score_TK / (score_TK.sum(-1, keepdim=True) + _TINY)
     if spec.routed_scaling != 1.0:

@@ -38,11 +38,13 @@ from alphaquant.pipeline.size import KindSize, plan_sizes
 from alphaquant.pipeline.status import RunStatus, run_status
 from alphaquant.pipeline.stream import Progress, silent
 from alphaquant.pipeline.tasks import Metric, evaluate_tasks
+from alphaquant.pipeline.turning import ROTATIONS, turned
 
 __all__ = [
     "COSTS",
     "FOLDER",
     "QUALITY",
+    "ROTATIONS",
     "Calibration",
     "Forecast",
     "HeldModel",
@@ -95,4 +97,5 @@ __all__ = [
     "save_single_file",
     "silent",
     "torch_device",
+    "turned",
 ]

@@ -89,6 +89,7 @@ def plan_memory(
     device: torch.device,
     max_bytes: int | None = None,
     processes: int = 1,
+    streams: int = 1,
 ) -> MemoryPlan:
     """The plan of fewest forward passes that stays in memory, and among those the one that keeps most there.
 
@@ -102,6 +103,7 @@ def plan_memory(
         device: where they are worked on.
         max_bytes: what may be taken by each process; None for most of what is free, or more where the run takes more.
         processes: that share what a machine has of main memory. Each is planned as if it worked alone.
+        streams: activations that go along: two where the original's go beside the quantized model's.
 
     Raises:
         ConfigError: no plan is within `max_bytes`; says how much the smallest takes.
@@ -113,7 +115,7 @@ def plan_memory(
         processes = 1  # each has a device of its own
     allowed = base + int(_SHARE_OF_FREE * free / processes) if max_bytes is None else max_bytes
     found = [
-        _plan(spec, schemes, tokens, dtype, allowed, base, holds_stream=holds_stream, workspace=workspace)
+        _plan(spec, schemes, tokens, dtype, allowed, base, streams, holds_stream=holds_stream, workspace=workspace)
         for holds_stream in ((False, True) if tokens is not None else (False,))
         for workspace in _WORKSPACES
     ]
@@ -151,6 +153,7 @@ def _plan(
     dtype: torch.dtype,
     max_bytes: int,
     base_bytes: int,
+    streams: int,
     *,
     holds_stream: bool,
     workspace: int,
@@ -161,7 +164,7 @@ def _plan(
     if tokens is not None and base_bytes:  # on a CPU
         parts["compiled kernels"] = _KERNEL_BYTES
     if tokens is not None and not holds_stream:
-        parts["activations between layers"] = tokens[0] * tokens[1] * spec.hidden_size * dtype.itemsize
+        parts["activations between layers"] = streams * tokens[0] * tokens[1] * spec.hidden_size * dtype.itemsize
     parts["weights of a layer"] = max(_layer_weights(kind) for kind, _ in kinds) * dtype.itemsize
     parts["codes of a layer"] = max(_code_bytes(spec, schemes, layers[0]) for _, layers in kinds)
     solving = max(_solve_bytes(kind, workspace, calibrated=tokens is not None) for kind, _ in kinds)

@@ -81,6 +81,7 @@ def describe(prepared: Prepared, layout: Layout, run: RunDir, records: list[Laye
         "layout": layout.name,
         "sizes": _sizes(checkpoint, run, records),
         "summary": [asdict(row) for row in summarize(records, list(ModuleKind))],
+        "routers": _routers(records),
         "audit": _audit(prepared, records, layout, run.tensor_names),
         "engines": engine_notes(prepared.schemes, list(spec.modules()), layout.name, spec.family),
         "events": [event for record in records for event in record.all_events()],
@@ -117,6 +118,20 @@ def _audit(prepared: Prepared, records: list[LayerRecord], layout: Layout, store
             remedy="this is a fault of alphaquant: please report it with the plan and config.json",
         )
     return {"targeted": len(targeted), "quantized": len(quantized), "left": len(prepared.schemes) - len(targeted)}
+
+
+def _routers(records: list[LayerRecord]) -> dict[str, Any] | None:
+    """What refitting did to the routers, the mean over layers of what is now in place; None where none was refitted."""
+    found = [record.repair for record in records if record.repair is not None]
+    if not found:
+        return None
+    after = [repair.agreement_after if repair.kept else repair.agreement_before for repair in found]
+    return {
+        "layers": len(found),
+        "kept": sum(repair.kept for repair in found),
+        "agreement_before": sum(repair.agreement_before for repair in found) / len(found),
+        "agreement_after": sum(after) / len(found),
+    }
 
 
 def _sizes(checkpoint: Checkpoint, run: RunDir, records: list[LayerRecord]) -> dict[str, Any]:

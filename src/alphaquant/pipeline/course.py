@@ -62,6 +62,7 @@ class Job:
             "formats": hashlib.sha256(json.dumps(table).encode()).hexdigest(),
             "layout": self.layout.name,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "rotation": self.prepared.rotation.to_dict(),
             "recipe": {key: value for key, value in plain(self.recipe).items() if key != "backend"},
             "alphaquant": ".".join(version("alphaquant-moe").split(".")[:2]),
         }
@@ -127,7 +128,13 @@ class Course:
         clock, team, run = self.quantizer.clock, self.quantizer.team, self.run
         with clock("pack"):
             own = self._own(names, result)
-            tensors = shard_tensors(own, result.quantized.get, self.job.layout, self.job.prepared.source.read)
+            refitted, read = result.refitted, self.job.prepared.source.read
+            tensors = shard_tensors(
+                own,
+                result.quantized.get,
+                self.job.layout,
+                lambda name: refitted[name] if name in refitted else read(name),
+            )
         with clock("share"):
             tensors = team.gather(tensors)
             for stream in streams.values():

@@ -51,7 +51,7 @@ def foretell_seconds(
         passes: how often a half-layer is run to collect its Hessians.
     """
     rows = 0 if tokens is None else tokens[0] * tokens[1]
-    forward = gram = solve = 0.0
+    forward = gram = solve = repair = 0.0
     read = sum(math.prod(parameter.shape) for parameter in spec.outer_parameters())
     for layer in range(spec.num_layers):
         parameters = spec.parameters(layer)
@@ -68,6 +68,8 @@ def foretell_seconds(
             if parameter.source is not None and quantized:
                 wanted.append(parameter)
                 solve += quantized * _solve_work(parameter, recipe, calibrated=tokens is not None)
+        if isinstance(mlp, MoESpec) and recipe.repair_router:
+            repair += rows * spec.hidden_size**2
         for experts, width in widths(wanted).values():
             gram += rows * width**2 * (experts * top_k if experts > 1 else 1.0)
             if tokens is not None and recipe.method is Method.GPTQ:
@@ -80,6 +82,7 @@ def foretell_seconds(
         "calibrate": (passes * forward + gram) / products,
         "solve": solve / solver,
         "propagate": forward / products,
+        **({"repair": (forward + repair) / products} if repair else {}),
     }
 
 

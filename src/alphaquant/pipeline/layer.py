@@ -18,7 +18,8 @@ from alphaquant.models import MoESpec, Source, as_served, head_input
 from alphaquant.pipeline.collect import Collector, Reading, Shown, collection_passes, widths
 from alphaquant.pipeline.distributed import SOLO, Team
 from alphaquant.pipeline.pace import Pace, fits
-from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RoutingRecord
+from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RepairRecord, RoutingRecord
+from alphaquant.pipeline.repair import ROUTER, refit_router
 from alphaquant.pipeline.samples import MOST, Samples, culprit, rows_left_out
 from alphaquant.pipeline.stream import Clock, attend, feed, silent
 from alphaquant.solver import WORKSPACE_WEIGHTS, Evidence, HessianSum, Method, experts_a_part, quantize_stack
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from alphaquant.formats import Scheme
     from alphaquant.models import LayerWeights, ModelSpec, Parameter, Routing
-    from alphaquant.pipeline.records import RoutingRecord
     from alphaquant.pipeline.stream import Progress, Stream
     from alphaquant.solver import Outcome, Recipe
 
@@ -41,10 +41,11 @@ ATTENTION_SOURCES = (Source.ATTENTION_IN, Source.QUERY_LATENT, Source.KV_LATENT,
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
-    """Codes of a layer's quantized modules by checkpoint name, and the record of it."""
+    """Codes of a layer's quantized modules by checkpoint name, the record of it, and tensors that were refitted."""
 
     quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
     record: LayerRecord = field(default_factory=lambda: LayerRecord(None))
+    refitted: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Stack(NamedTuple):
@@ -104,22 +105,45 @@ class LayerQuantizer:
     samples: Samples = field(default_factory=Samples)
     pace: Pace = field(default_factory=Pace)
 
+    @property
+    def repairs_routers(self) -> bool:
+        """Whether routers are refitted, for which the original model's stream is needed beside the quantized one's."""
+        return self.recipe.repair_router and self.spec.has_experts
+
     @torch.no_grad()
-    def layer(self, layer: int, weights: LayerWeights, x_NLD: Stream | None) -> QuantizedLayer:
+    def layer(
+        self, layer: int, weights: LayerWeights, x_NLD: Stream | None, original_NLD: Stream | None = None
+    ) -> QuantizedLayer:
         """Quantize one layer: attention first, then the feed-forward on what the quantized attention gives.
 
         `weights` are replaced by their de-quantized values and `x_NLD` moves on through them, both in place. Without a
-        stream everything is rounded to nearest, without calibration.
+        stream everything is rounded to nearest, without calibration. With the original model's stream, which moves on
+        through the weights as they were, the router is refitted before experts are calibrated on what it chooses.
         """
         result = QuantizedLayer(record=LayerRecord(layer))
         parameters = self.spec.parameters(layer)
         served = as_served(weights, self.spec, layer, self.schemes)
         routing: RoutingRecord | None = None
         notes: list[str] = []
+        repair: RepairRecord | None = None
         for half, where in ((attend, "attention"), (feed, "feed-forward")):
             in_half = [p for p in parameters if (p.source in ATTENTION_SOURCES) == (half is attend)]
             stacks = self._stacks(layer, in_half)
             shares = self._shares(stacks)
+            if original_NLD is not None and x_NLD is not None:
+                self._tell("repair", layer, x_NLD)
+                with self.clock("repair"):
+                    refitted_ED = None
+                    if half is feed and isinstance(self.spec.layers[layer].mlp, MoESpec):
+                        turns = self.team.turns(self.samples.cuts(*x_NLD.shape[:2]))
+                        refitted_ED, repair = refit_router(
+                            x_NLD, original_NLD, weights, self.spec, layer, turns, self.team
+                        )
+                    notes += self._propagate(half, layer, weights, original_NLD, f"layer {layer}, {where}, original")
+                    if refitted_ED is not None and repair is not None and repair.kept:
+                        weights[ROUTER].copy_(refitted_ED)
+                        router = next(p for p in parameters if p.key == ROUTER)
+                        result.refitted[self.spec.tensor_names(layer, router)[0]] = refitted_ED.cpu()
             most = {reading: (max(map(len, ranks)), width) for reading, (ranks, width) in shares.items()}
             for part in collection_passes(most, self.limits.hessian_bytes):
                 takes = {
@@ -151,7 +175,8 @@ class LayerQuantizer:
         records = {module.name: module for module in self._together(result.record)}
         names = (name for parameter in parameters for name in self._names(layer, parameter))
         modules = [records[name] for name in names if name in records]
-        return QuantizedLayer(result.quantized, LayerRecord(layer, modules, routing, notes))
+        record = LayerRecord(layer, modules, routing, notes, repair)
+        return QuantizedLayer(result.quantized, record, result.refitted)
 
     @torch.no_grad()
     def embedding(self, outer: LayerWeights) -> QuantizedLayer:

@@ -16,6 +16,7 @@ from alphaquant.models import Decoder, detect, logical
 from alphaquant.pipeline.convert import pick_layout, shard_names, shard_tensors
 from alphaquant.pipeline.layer import LayerQuantizer
 from alphaquant.pipeline.records import LayerRecord, ModuleRecord
+from alphaquant.pipeline.repair import require_routers
 from alphaquant.pipeline.rundir import RunDir, check_output
 from alphaquant.pipeline.stream import Progress, silent
 from alphaquant.pipeline.walk import quantize_shards
@@ -175,12 +176,17 @@ def quantize_held(
     Raises:
         NumericsError: weights, activations or a Hessian hold NaN or infinity.
     """
+    require_routers(recipe, held.spec, calibrated=ids_NL is not None)
     quantizer = LayerQuantizer(held.spec, schemes, recipe, progress=progress)
     records: dict[str, ModuleRecord] = {}
     codes: dict[str, QuantizedTensor] = {}
+    refitted: dict[str, Tensor] = {}
     for result, _ in quantize_shards(quantizer, held.source, ids_NL, device=device, dtype=dtype):
         records |= {record.name: record for record in result.record.modules}
         codes |= result.quantized
+        refitted |= result.refitted
+    for name, router in refitted.items():
+        held.source.read(name).copy_(router)
     for name, quantized in codes.items():
         held.source.read(f"{name}.weight").copy_(dequantize(quantized))
     return {

@@ -18,6 +18,7 @@ __all__ = [
     "KindSummary",
     "LayerRecord",
     "ModuleRecord",
+    "RepairRecord",
     "RoutingRecord",
     "require_finite",
     "require_quiet",
@@ -115,17 +116,39 @@ class RoutingRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class RepairRecord:
+    """What refitting a layer's router to the original's logits does, on calibration tokens that it was not fitted on.
+
+    Attributes:
+        tokens: so many they are.
+        agreement_before: share of their experts that the original chooses, too, by the router as it was.
+        agreement_after: the same by the refitted one.
+        kl_before: divergence of the original's scores of all experts from the router's, nats a token.
+        kl_after: the same by the refitted one.
+        kept: whether the refitted one is kept: where this divergence fell.
+    """
+
+    tokens: int
+    agreement_before: float
+    agreement_after: float
+    kl_before: float
+    kl_after: float
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LayerRecord:
     """Everything that a run notes of one layer; `layer` is None for embedding and head.
 
-    `events` are those that are not of one module: samples and inputs that were left out, memory that ran
-    out.
+    `repair` is there where the run was to refit routers, and the layer has one. `events` are those that are not of one
+    module: samples and inputs that were left out, memory that ran out.
     """
 
     layer: int | None
     modules: list[ModuleRecord] = field(default_factory=list)
     routing: RoutingRecord | None = None
     events: list[str] = field(default_factory=list)
+    repair: RepairRecord | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -134,10 +157,13 @@ class LayerRecord:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LayerRecord:
         """The inverse of `to_dict`."""
-        routing = data["routing"]
-        modules = [ModuleRecord(**m) for m in data["modules"]]
+        routing, repair = data["routing"], data.get("repair")
         return cls(
-            data["layer"], modules, None if routing is None else RoutingRecord.from_dict(routing), data["events"]
+            data["layer"],
+            [ModuleRecord(**m) for m in data["modules"]],
+            None if routing is None else RoutingRecord.from_dict(routing),
+            data["events"],
+            None if repair is None else RepairRecord(**repair),
         )
 
     def all_events(self) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ import torch
 from alphaquant.calibration import TokenBatch, calibration_tokens, load_tokenizer, needs_tokenizer
 from alphaquant.checkpoint import Checkpoint, unquantized
 from alphaquant.errors import ConfigError
-from alphaquant.models import detect, logical
+from alphaquant.models import Rotation, RotationKind, detect, logical
 from alphaquant.pipeline.balance import CANDIDATES, balanced, require_experts
 from alphaquant.pipeline.budget import MemoryPlan, common_limits, plan_memory
 from alphaquant.pipeline.closing import changed_sessions, describe, peak_memory_bytes, plain, session
@@ -24,6 +24,7 @@ from alphaquant.pipeline.duration import foretell_seconds
 from alphaquant.pipeline.layer import LayerQuantizer
 from alphaquant.pipeline.log import Log, unlogged
 from alphaquant.pipeline.records import KindSummary, LayerRecord, summarize
+from alphaquant.pipeline.repair import require_routers
 from alphaquant.pipeline.rundir import RunDir, check_run_output
 from alphaquant.pipeline.stream import Clock, Progress, silent
 from alphaquant.plan import ModuleKind
@@ -73,7 +74,8 @@ class Calibration:
 class Prepared:
     """A checkpoint that was opened and checked, with its plan resolved: all that can fail without computing.
 
-    `source` gives the checkpoint's tensors under the family's names, however they are stored.
+    `source` gives the checkpoint's tensors under the family's names, however they are stored, and as `rotation` turns
+    them; `rotation_note` says why it does.
     """
 
     checkpoint: Checkpoint
@@ -81,6 +83,22 @@ class Prepared:
     spec: ModelSpec
     plan: Plan
     resolved: ResolvedPlan
+    rotation: Rotation = field(default_factory=Rotation)
+    rotation_note: str = ""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the result's config.json says of the model."""
+        return self.checkpoint.config | ({"tie_word_embeddings": False} if self._unties else {})
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the model unquantized: the checkpoint's, and a head that is the embedding no more."""
+        return self.checkpoint.total_bytes + (self.source.info("lm_head.weight").num_bytes if self._unties else 0)
+
+    @property
+    def _unties(self) -> bool:
+        return bool(self.checkpoint.config.get("tie_word_embeddings")) and not self.spec.tie_embeddings
 
     @property
     def schemes(self) -> Mapping[str, Scheme | None]:
@@ -91,8 +109,13 @@ class Prepared:
     def notes(self) -> list[str]:
         """What a user should know of plan and checkpoint."""
         carried = [name for name in self.source.names() if self.spec.is_carried(name)]
-        line = f"{len(carried)} tensors of layers for multi-token prediction go along unquantized"
-        return [*self.resolved.notes, *([line] if carried else [])]
+        notes = list(self.resolved.notes)
+        if carried:
+            notes.append(f"{len(carried)} tensors of layers for multi-token prediction go along unquantized")
+        if self.rotation.kind is not RotationKind.NONE:
+            head = ", and the head is stored beside the embedding" if self._unties else ""
+            notes.append(f"rotated: {self.rotation.kind.value}, seed {self.rotation.seed}{head}")
+        return [*notes, *([self.rotation_note] if self.rotation_note else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +203,12 @@ def foretell(
         ConfigError: no plan is within `max_memory`.
     """
     spec, schemes = prepared.spec, prepared.schemes
+    require_routers(recipe, spec, calibrated=calibration is not None)
     tokens = None
     if calibration is not None:
         tokens = (calibration.num_samples, min(calibration.seqlen, spec.max_positions))
     work_dtype = compute_dtype(dtype, spec, device)
-    memory = plan_memory(spec, schemes, tokens, work_dtype, device, max_memory)
+    memory = plan_memory(spec, schemes, tokens, work_dtype, device, max_memory, streams=_streams(spec, recipe))
     passes = memory.passes / max(1, memory.least_passes)
     return Forecast(memory, foretell_seconds(spec, schemes, tokens, work_dtype, device, recipe, passes))
 
@@ -230,6 +254,7 @@ def quantize_checkpoint(
         AlphaQuantError: nothing is left on disk, or all layers that were done, for the next call to go on from.
     """
     spec, device = prepared.spec, torch.device(device)
+    require_routers(recipe, spec, calibrated=calibration is not None)
     work_dtype = compute_dtype(dtype, spec, device)
     chosen = planned_layout(prepared, layout)
     untold = Job(prepared, recipe, chosen, None, device, work_dtype)
@@ -258,7 +283,9 @@ def quantize_checkpoint(
             begin -= run.manifest.seconds.get("total", 0.0)
         log("start", processes=team.size, shards=spec.num_layers + 1, command=command)
         shape = None if tokens is None else (tokens.ids.shape[0], tokens.ids.shape[1])
-        memory = plan_memory(spec, prepared.schemes, shape, work_dtype, device, max_memory, team.size)
+        memory = plan_memory(
+            spec, prepared.schemes, shape, work_dtype, device, max_memory, team.size, _streams(spec, recipe)
+        )
         limits = common_limits(team, memory.limits)
         quantizer = LayerQuantizer(spec, prepared.schemes, recipe, clock, watch, limits, team)
         records = Course(job, run, quantizer, begin, watch.log, strict).end()
@@ -274,6 +301,7 @@ def quantize_checkpoint(
             **describe(prepared, job.layout, run, records),
             "command": command,
             "recipe": plain(recipe),
+            "rotation": prepared.rotation.to_dict(),
             "calibration": None if calibration is None or tokens is None else calibration_facts(calibration, tokens),
             "device": str(device),
             "dtype": str(job.dtype).removeprefix("torch."),
@@ -289,9 +317,14 @@ def quantize_checkpoint(
         }
         run.write_note("plan.json", json.loads(prepared.plan.to_json()))
         run.write_note("report.json", report)
-        run.finish(prepared.checkpoint.config, prepared.checkpoint.path, spec, chosen, prepared.schemes)
+        run.finish(prepared.config, prepared.checkpoint.path, spec, chosen, prepared.schemes)
     _log_end(log, report)
     return QuantizeResult(summary, records, report)
+
+
+def _streams(spec: ModelSpec, recipe: Recipe) -> int:
+    """The original's activations go along where routers are refitted to it."""
+    return 2 if recipe.repair_router and spec.has_experts else 1
 
 
 def _log_end(log: Log, report: dict[str, Any]) -> None:

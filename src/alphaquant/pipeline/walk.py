@@ -65,15 +65,17 @@ def quantize_shards(
     spec, clock = quantizer.spec, quantizer.clock
     with clock("read"):
         outer = read_outer(source, spec, dtype, device)
+    table_VD = outer["model.embed_tokens.weight"]
     embedding = quantizer.embedding(outer)
     behind: dict[str, Stream] = {}
     for name, stored in (streams or {}).items() if done else ():
         behind[name] = _read_in(stored, device, scratch, holds=quantizer.limits.holds_stream)
     if not done and ids_NL is not None:
-        table_VD = outer["model.embed_tokens.weight"]
-        behind["quantized"] = (
-            _embedded(ids_NL, table_VD, scratch) if quantizer.limits.holds_stream else embed(ids_NL, table_VD)
-        )
+        tables = {"quantized": outer["model.embed_tokens.weight"]}
+        if quantizer.repairs_routers:
+            tables["original"] = table_VD
+        for name, table in tables.items():
+            behind[name] = _embedded(ids_NL, table, scratch) if quantizer.limits.holds_stream else embed(ids_NL, table)
 
     def read(layer: int) -> LayerWeights:
         return read_layer(source, spec, layer, dtype, device)
@@ -85,7 +87,7 @@ def quantize_shards(
             with clock("read"):
                 weights = next(layers)
             with out_of_memory(f"layer {layer}"):
-                return _checked(quantizer.layer(layer, weights, behind.get("quantized")))
+                return _checked(quantizer.layer(layer, weights, behind.get("quantized"), behind.get("original")))
 
         for layer in range(done, spec.num_layers):
             yield quantize(layer), behind  # no name here keeps weights or codes: they would lie beside the next layer's

@@ -14,7 +14,7 @@ from alphaquant.report.maps import mean
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from alphaquant.pipeline.records import LayerRecord, ModuleRecord
+    from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RepairRecord
     from alphaquant.report.read import QualityRow
 
 __all__ = ["Experts", "Scatter", "expert_scatter", "experts", "router_chart"]
@@ -47,9 +47,13 @@ class ExpertRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Shares of tokens and of score mass by layer and expert, and the geometry of their maps in CSS pixels."""
+    """Shares of tokens and of score mass by layer and expert, and the geometry of their maps in CSS pixels.
+
+    `repairs` is what refitting did to the routers, by layer; empty where none was refitted.
+    """
 
     rows: list[ExpertRow]
+    repairs: list[tuple[int | None, RepairRecord]]
     width: int
     cell_width: int
     cell_height: int
@@ -81,7 +85,8 @@ def experts(layers: Sequence[LayerRecord]) -> Experts | None:
     # two maps stand side by side where they are narrow enough
     room = _MAP_WIDTH if width > 32 else _MAP_WIDTH // 2
     cell_width = min(28, max(8, room // width))
-    return Experts(rows, width, cell_width, min(18, max(12, cell_width)))
+    repairs = [(layer.layer, layer.repair) for layer in layers if layer.repair is not None]
+    return Experts(rows, repairs, width, cell_width, min(18, max(12, cell_width)))
 
 
 def _row(record: LayerRecord) -> ExpertRow:

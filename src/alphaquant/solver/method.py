@@ -103,6 +103,7 @@ class Recipe:
         shrinkage: Hessians are mixed with so many samples' worth of their own diagonal, as a share of the inputs.
         routing_power: a routed row weighs its score to this power.
         rtn_below: experts with fewer effective samples than this share of their inputs are rounded to nearest.
+        repair_router: refit each layer's router to the logits of the original model's.
         backend: what runs the inner loops; speed only, up to the order of sums.
     """
 
@@ -115,6 +116,7 @@ class Recipe:
     shrinkage: float = 0.0
     routing_power: float = 1.0
     rtn_below: float = 1 / 32
+    repair_router: bool = False
     backend: Backend = Backend.AUTO
 
 
