@@ -19,6 +19,7 @@ from alphaquant.models import (
     rotated,
 )
 from alphaquant.models.rotate import Turn
+from alphaquant.numerics import bf16_products
 
 from . import tiny
 from .families import DEEPSEEKS, MODELS, zoo
@@ -125,3 +126,11 @@ def test_layers_for_multi_token_prediction_are_refused(get: Callable[[str], Made
 
     with pytest.raises(ConfigError, match="multi-token prediction read the residual stream"):
         rotated(WithLayer(), spec, Rotation(RotationKind.HADAMARD))  # type: ignore[arg-type]
+
+
+def test_turns_are_exact_where_products_are_bf16() -> None:
+    """Another thread may compute so while a layer is read."""
+    x, turn = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)), Turn(64, None, torch.Generator())
+    truth = turn(x)
+    with bf16_products(x.bfloat16()):
+        assert torch.equal(turn(x), truth)

@@ -105,12 +105,15 @@ class Turn:
         return turn
 
     def __call__(self, x_NI: Tensor) -> Tensor:
-        """`x R` of rows, fp32."""
-        still, x_MC = x_NI.float().reshape(-1, self.skip + self._size).split([self.skip, self._size], 1)
+        """`x R` of rows, fp32.
+
+        Made in fp64: layers are read by a thread, while products of fp32 may be set to bf16 in the whole process.
+        """
+        still, x_MC = x_NI.double().reshape(-1, self.skip + self._size).split([self.skip, self._size], 1)
         out = (x_MC * self._sign_C).reshape(len(x_MC), -1, *map(len, self._factors))
         for place, factor in enumerate(self._factors, 2):
-            out = (out.movedim(place, -1) @ factor).movedim(-1, place)
-        return torch.cat([still, out.reshape(x_MC.shape)], 1).reshape(x_NI.shape)
+            out = (out.movedim(place, -1) @ factor.double()).movedim(-1, place)
+        return torch.cat([still, out.reshape(x_MC.shape)], 1).reshape(x_NI.shape).float()
 
 
 def _hadamard(size: int) -> Tensor:
