@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["bf16_products", "give_back_freed_memory", "keep_freed_memory", "rough_products"]
+__all__ = ["bf16_products", "give_back_freed_memory", "keep_freed_memory", "rough_product"]
 
 
 @contextmanager
@@ -23,32 +23,26 @@ def bf16_products(like: Tensor) -> Iterator[None]:
 
     Nothing is lost for operands that came from bf16. Elsewhere products stay as they are.
     """
-    with _medium_precision(applies=like.dtype is torch.bfloat16 and like.device.type == "cpu"):
+    before = torch.get_float32_matmul_precision()
+    if like.dtype is torch.bfloat16 and like.device.type == "cpu":
+        torch.set_float32_matmul_precision("medium")
+    try:
         yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
-@contextmanager
-def rough_products(like: Tensor) -> Iterator[None]:
-    """The same for operands of any kind, where three digits will do: on a CPU with AMX, three times as fast as fp32."""
-    with _medium_precision(applies=like.device.type == "cpu" and _has_amx()):
-        yield
+def rough_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in fp32, where two digits will do: in bf16 on a CPU with AMX, seven times as fast."""
+    if a.device.type == "cpu" and _has_amx():
+        return (a.bfloat16() @ b.bfloat16()).float()
+    return a @ b
 
 
 @cache
 def _has_amx() -> bool:
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return probe is not None and bool(probe())
-
-
-@contextmanager
-def _medium_precision(*, applies: bool) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if applies:
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def keep_freed_memory() -> None:

@@ -191,8 +191,8 @@ def test_another_number_of_threads_is_recorded(stopped, olmoe, text):
 
 def test_other_kernels_are_recorded(stopped, olmoe, text):
     report = tiny.quantize(olmoe, stopped, PLAN, text, recipe=Recipe(backend=Backend.TORCH)).report
-    assert [session["kernels"] for session in report["sessions"]] == ["auto", "torch"]
-    assert any("kernels auto → torch" in warning for warning in report["warnings"])
+    assert [session["kernels"] for session in report["sessions"]] == ["native", "torch"]
+    assert any("kernels native → torch" in warning for warning in report["warnings"])
 
 
 def test_fresh_starts_anew(stopped, olmoe, text, monkeypatch):

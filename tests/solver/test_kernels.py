@@ -1,33 +1,52 @@
-"""The Triton kernels, interpreted on the CPU, against the torch code that is their specification."""
+"""The kernels in C, and those in Triton, interpreted on the CPU, against the torch code that is their specification."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from alphaquant.solver import absmax_scales, factorize
+from alphaquant.errors import ConfigError
+from alphaquant.solver import (
+    Backend,
+    Effort,
+    Recipe,
+    absmax_scales,
+    backend_for,
+    factorize,
+    native,
+    quantize_stack,
+    scales,
+)
 from alphaquant.solver.gptq import Columns
 
 from . import oracle
 
 if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
+
     from torch import Tensor
 
     from alphaquant.formats import Scheme
-
-pytest.importorskip("triton")
-from alphaquant.solver import kernels
 
 EXPERTS, ROWS, COLUMNS = 2, 33, 32
 
 each_scheme = pytest.mark.parametrize("scheme", oracle.all_schemes(16), ids=oracle.scheme_id)
 
 
-def columns(scheme: Scheme) -> tuple[Columns, Tensor, Tensor]:
+@pytest.fixture(params=["kernels", "native"])
+def kernels(request: pytest.FixtureRequest) -> ModuleType:
+    if request.param == "kernels":
+        pytest.importorskip("triton")
+    return import_module(f"alphaquant.solver.{request.param}")
+
+
+def columns(scheme: Scheme, rows: int = ROWS) -> tuple[Columns, Tensor, Tensor]:
     """Columns, feedback and damped Hessian of random matrices, in walking order."""
-    w, h = oracle.weights(EXPERTS, ROWS, COLUMNS), oracle.hessians(EXPERTS, COLUMNS)
+    w, h = oracle.weights(EXPERTS, rows, COLUMNS), oracle.hessians(EXPERTS, COLUMNS)
     factor = factorize(h, torch.full((EXPERTS,), 0.01))
     cols = Columns.of(w, absmax_scales(w, scheme), scheme, factor.order_EI)
     return cols, factor.feedback_EII.contiguous(), h + 0.01 * torch.eye(COLUMNS)
@@ -66,7 +85,7 @@ def same(found: list[Tensor], truth: list[Tensor]) -> bool:
 
 
 @each_scheme
-def test_walk(scheme: Scheme) -> None:
+def test_walk(kernels: ModuleType, scheme: Scheme) -> None:
     cols, feedback, _ = columns(scheme)
     for start, end in ((0, COLUMNS), (16, 29)):
         found = [cols.w_EIO.clone(), torch.zeros_like(cols.w_EIO), torch.zeros_like(cols.w_EIO)]
@@ -75,7 +94,7 @@ def test_walk(scheme: Scheme) -> None:
 
 
 @each_scheme
-def test_descent(scheme: Scheme) -> None:
+def test_descent(kernels: ModuleType, scheme: Scheme) -> None:
     cols, _, h = columns(scheme)
     start_q = torch.stack([cols.round(cols.w_EIO[:, j], j, scheme) for j in range(COLUMNS)], 1) * cols.step_EIO
     for start, end in ((0, COLUMNS), (16, 29)):
@@ -88,6 +107,7 @@ def test_descent(scheme: Scheme) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
 def test_gram(dtype: torch.dtype, weighted: bool) -> None:  # noqa: FBT001
+    kernels = pytest.importorskip("alphaquant.solver.kernels", exc_type=ImportError)
     counts, size = [37, 0, 1, 90], 72  # an expert without rows, one with a single row, tiles that are not full
     x = torch.randn(sum(counts), size, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight = torch.rand(sum(counts), generator=torch.Generator().manual_seed(1)) if weighted else None
@@ -104,3 +124,96 @@ def test_gram(dtype: torch.dtype, weighted: bool) -> None:  # noqa: FBT001
         assert found[expert][:64, :64].equal(found[expert][:64, :64].T)  # a tile that the diagonal crosses
         start += count
     assert found[1].equal(torch.ones(size, size))
+
+
+@each_scheme
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "plain"])
+def test_rounding_errors(scheme: Scheme, weighted: bool) -> None:  # noqa: FBT001
+    group = scheme.group_size
+    w = oracle.weights(1, 70, 3 * group)[0].unflatten(-1, (3, group))
+    start = absmax_scales(w.flatten(1)[None], scheme)
+    step, zero = 0.7 * start.effective()[0], None if start.zero is None else start.zero[0].float()
+    importance = torch.rand(3, group, generator=torch.Generator().manual_seed(1)) if weighted else None
+    truth = scales._rounding_errors(w, step, zero, importance, scheme.format)
+    assert (truth > 0).all()
+    torch.testing.assert_close(native.rounding_errors(w, step, zero, importance, scheme.format), truth)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    scheme = oracle.all_schemes(16)[0]
+    cols, feedback, _ = columns(scheme, rows=300)
+    groups = cols.w_EIO.view(EXPERTS * COLUMNS, 3, 100)
+    step = groups.abs().amax(-1) / 2
+    results = []
+    for number in (1, threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        found = [cols.w_EIO.clone(), torch.zeros_like(cols.w_EIO), torch.zeros_like(cols.w_EIO)]
+        native.walk_block(found[0], cols, feedback, *found[1:], slice(0, COLUMNS), scheme.format)
+        results.append([*found, native.rounding_errors(groups, step, None, None, scheme.format)])
+    assert same(results[1], results[0])
+    assert same(results[1][:3], walked(cols, feedback, scheme, 0, COLUMNS))
+
+
+@pytest.mark.parametrize("effort", list(Effort), ids=lambda effort: effort.value)
+def test_the_whole_method_in_c_is_that_in_torch(effort: Effort) -> None:
+    w, h = oracle.weights(2, 40, 300), oracle.hessians(2, 300)  # blocks of several widths, none of them 128
+    for scheme in oracle.all_schemes(20):
+        if scheme.format.native_group is None:
+            found, truth = (
+                quantize_stack(w, h, torch.full((2,), 1e4), scheme, Recipe(effort=effort, backend=backend))
+                for backend in (Backend.NATIVE, Backend.TORCH)
+            )
+            same_codes = (found.quantized.codes == truth.quantized.codes).float().mean()
+            assert same_codes > 0.99
+            torch.testing.assert_close(found.loss_EO.sum(), truth.loss_EO.sum(), rtol=1e-3, atol=0)
+
+
+@pytest.fixture
+def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home directory in which the library has not been made."""
+    monkeypatch.setattr(native.Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
+    native._library.cache_clear()
+    yield tmp_path
+    native._library.cache_clear()
+
+
+def made(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("native-*.so"))
+
+
+def test_the_library_is_made_once(anew: Path) -> None:
+    assert native.is_available()
+    (library,) = made(anew / "home/.cache/alphaquant")
+    before = library.stat().st_mtime_ns
+    native._library.cache_clear()
+    assert native.is_available()
+    assert made(anew) == [library]
+    assert library.stat().st_mtime_ns == before
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+
+
+def test_a_home_that_cannot_be_written_is_no_hindrance(anew: Path) -> None:
+    (anew / "home").write_text("a file")
+    assert native.is_available()
+    assert len(made(anew)) == 1
+
+
+@pytest.mark.parametrize("compiler", [None, "exit 1"], ids=["none", "broken"])
+def test_without_a_compiler_torch_does_it(anew: Path, compiler: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiler is not None:
+        (anew / "cc").write_text(f"#!/bin/sh\n{compiler}\n")
+        (anew / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(anew))
+    assert backend_for("cpu", Backend.AUTO) is Backend.TORCH
+    with pytest.raises(ConfigError, match="no C compiler"):
+        backend_for("cpu", Backend.NATIVE)
+    assert made(anew) == []
+
+
+def test_c_is_for_a_cpu() -> None:
+    assert backend_for("cpu", Backend.AUTO) is Backend.NATIVE
+    with pytest.raises(ConfigError, match="on cuda"):
+        backend_for("cuda", Backend.NATIVE)

@@ -106,9 +106,7 @@ def quantize(
         ),
     ] = False,
     rotate: RotateOpt = Rotate.NONE,
-    kernels: Annotated[
-        Backend, typer.Option(help="Inner loops by Triton or torch; auto: Triton on a GPU.")
-    ] = Backend.AUTO,
+    kernels: Annotated[Backend, typer.Option(help="Inner loops; auto: Triton on a GPU, C on a CPU.")] = Backend.AUTO,
     layout: Annotated[Format, typer.Option("--format", help="Layout; auto: the most widely served.")] = Format.AUTO,
     engine: EngineOpt = None,
     tp: TpOpt = 1,

@@ -14,7 +14,7 @@ import torch
 
 from alphaquant.models import MoESpec
 from alphaquant.pipeline.collect import widths
-from alphaquant.solver import SPENDING, Method
+from alphaquant.solver import SPENDING, Backend, Method, backend_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["foretell_seconds"]
 
 _READ_BYTES = 1e9  # a second, from a disk
-# operations of a product that take as long as one weight's search, walk and refinement, beside their own products
-_SEARCH, _WALK, _REFINE = 9e3, 9e3, 2e4
+# operations of a product that take as long as one weight's search, walk and sweep, beside their own products
+_TORCH, _FASTER = (9e3, 9e3, 2e4), (3e3, 2e3, 4e3)
 
 
 def foretell_seconds(
@@ -67,7 +67,7 @@ def foretell_seconds(
             quantized = sum(schemes.get(name) is not None for name in spec.module_names(layer, parameter))
             if parameter.source is not None and quantized:
                 wanted.append(parameter)
-                solve += quantized * _solve_work(parameter, recipe, calibrated=tokens is not None)
+                solve += quantized * _solve_work(parameter, recipe, device, calibrated=tokens is not None)
         if isinstance(mlp, MoESpec) and recipe.repair_router:
             repair += rows * spec.hidden_size**2
         for experts, width in widths(wanted).values():
@@ -86,14 +86,15 @@ def foretell_seconds(
     }
 
 
-def _solve_work(parameter: Parameter, recipe: Recipe, *, calibrated: bool) -> float:
+def _solve_work(parameter: Parameter, recipe: Recipe, device: torch.device, *, calibrated: bool) -> float:
     in_features = parameter.shape[-1]
     spending = SPENDING[recipe.effort]
-    search = _SEARCH if spending.search else 0.0
-    if not calibrated or recipe.method is Method.RTN:
-        return math.prod(parameter.shape) * search
-    refine = 2 * in_features + spending.sweeps * (2 * in_features + _REFINE)
-    return math.prod(parameter.shape) * (search + spending.walks * (_WALK + in_features) + refine)
+    search, walk, sweep = _TORCH if backend_for(device.type, recipe.backend) is Backend.TORCH else _FASTER
+    work = search if spending.search else 0.0
+    if calibrated and recipe.method is Method.GPTQ:
+        work += spending.walks * (walk + in_features) + spending.refits * (sweep + 3 * in_features)
+        work += 2 * in_features + spending.sweeps * (sweep + 2 * in_features)
+    return math.prod(parameter.shape) * work
 
 
 def _rate(dtype: torch.dtype, device: torch.device) -> float:

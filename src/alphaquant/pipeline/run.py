@@ -28,6 +28,7 @@ from alphaquant.pipeline.repair import require_routers
 from alphaquant.pipeline.rundir import RunDir, check_run_output
 from alphaquant.pipeline.stream import Clock, Progress, silent
 from alphaquant.plan import ModuleKind
+from alphaquant.solver import backend_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -277,7 +278,7 @@ def quantize_checkpoint(
         identity = job.identity()
         require_equal(team, identity)
         if run is not None and (fresh or not run.find_ended(out, identity, overwrite=overwrite)):
-            run.start(identity, session(device, recipe.backend, command, team.size))
+            run.start(identity, session(device, backend_for(device.type, recipe.backend), command, team.size))
             for phase, seconds in run.manifest.seconds.items():
                 clock.seconds[phase] += seconds
             begin -= run.manifest.seconds.get("total", 0.0)

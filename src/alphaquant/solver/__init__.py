@@ -1,6 +1,6 @@
 """The method: Hessians, factors, scales, GPTQ and its refinement, as pure functions batched over experts."""
 
-from alphaquant.solver.backend import Backend
+from alphaquant.solver.backend import Backend, backend_for
 from alphaquant.solver.factor import Factor, damp, factorize, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.hessian import Evidence, EvidenceSum, HessianSum
@@ -37,6 +37,7 @@ __all__ = [
     "Solution",
     "Spending",
     "absmax_scales",
+    "backend_for",
     "better_rows",
     "damp",
     "experts_a_part",

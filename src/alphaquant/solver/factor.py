@@ -108,7 +108,7 @@ def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True) -> Fa
     del chol_EII
     root_EI = upper_EII.diagonal(dim1=1, dim2=2).clone()
     return Factor(
-        feedback_EII=upper_EII.div_(root_EI[:, None, :]),
+        feedback_EII=upper_EII.div_(root_EI[:, None, :]).contiguous(),
         curvature_EI=root_EI.square(),
         order_EI=order_EI,
         damping_E=damping_E,

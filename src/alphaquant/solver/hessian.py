@@ -98,10 +98,10 @@ class HessianSum:
         weight_R = self._evidence.add(counts, score_R)
         if x_RI.shape[0] == 0:
             return
-        kernels = kernels_for(x_RI, self._backend)
-        if kernels is not None:
+        add_grams = getattr(kernels_for(x_RI, self._backend), "add_grams", None)
+        if add_grams is not None:
             counts_E = torch.tensor(counts, device=x_RI.device)
-            kernels.add_grams(self._upper_EII, x_RI.contiguous(), counts_E, weight_R)
+            add_grams(self._upper_EII, x_RI.contiguous(), counts_E, weight_R)
             return
         weights = [None] * len(counts) if weight_R is None else weight_R.split(counts)
         for upper_II, rows_RI, weight in zip(self._upper_EII, x_RI.split(counts), weights, strict=True):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from alphaquant.formats import ScaleKind, matrix_scale, round_scale
-from alphaquant.numerics import rough_products
+from alphaquant.numerics import rough_product
 from alphaquant.solver.backend import Backend
 from alphaquant.solver.factor import Factor, damp, factorize, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.refine import refine, refit_scales
-from alphaquant.solver.rtn import hessian_loss, round_to_nearest
+from alphaquant.solver.rtn import round_to_nearest
 from alphaquant.solver.scales import Scales, absmax_scales, search_scales
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Outcome:
     Attributes:
         quantized: codes and scales `[E, O, I]`.
         loss_EO: `e H eᵀ` of each row under the damped mean Hessian; the squared error without calibration.
-        energy_EO: `w H wᵀ` of each row: loss over energy is the relative error of the output.
+        energy_EO: `w H wᵀ` of each row, roughly: loss over energy is the relative error of the output.
         damping_E: damping used; zero where rounded to nearest.
         retries_E: how often the damping was raised to make the factorisation succeed.
         fallback_E: true where GPTQ was asked for and the evidence was too thin.
@@ -225,12 +225,11 @@ def _quantize_part(
     for w_part in w_EOI.split(max(1, workspace // (num_experts * in_features)), 1):
         w_part_EOI = w_part.float()
         solution = _solve_rows(w_part_EOI, damped_EII, factor, scheme, recipe, global_scale_E)
-        with rough_products(w_EOI):  # for the report alone
-            energy_EO = hessian_loss(w_part_EOI, damped_EII)
+        moved_EOI = w_part_EOI if damped_EII is None else rough_product(w_part_EOI, damped_EII)
         outcome = Outcome(
-            quantized=solution.quantized,
+            quantized=replace(solution.quantized, codes=solution.quantized.codes.contiguous()),
             loss_EO=solution.loss_EO,
-            energy_EO=energy_EO,
+            energy_EO=(moved_EOI * w_part_EOI).sum(-1),
             damping_E=nothing_E if factor is None else factor.damping_E.cpu(),
             retries_E=nothing_E.long() if factor is None else factor.retries_E.cpu(),
             fallback_E=nothing_E.bool(),
@@ -254,10 +253,13 @@ def _solve_rows(
         if not spending.search:
             return rounded
         importance_EI = None if damped_EII is None else damped_EII.diagonal(dim1=1, dim2=2)
-        scales = search_scales(w_EOI, scheme, importance_EI, global_scale_E)
+        scales = search_scales(w_EOI, scheme, importance_EI, global_scale_E, recipe.backend)
         # errors of correlated inputs add up: the search sees single columns, so it may lose to where it began
         return better_rows(rounded, round_to_nearest(w_EOI, scheme, scales, damped_EII))
-    scales = search_scales(w_EOI, scheme, global_scale_E=global_scale_E) if spending.search else covering
+    scales = covering
+    if spending.search:
+        scales = search_scales(w_EOI, scheme, global_scale_E=global_scale_E, backend=recipe.backend)
+    w_EOI = w_EOI.transpose(1, 2).contiguous().transpose(1, 2)  # once, and not in every step
     solution = _best_walk(w_EOI, damped_EII, factor, scheme, scales, recipe)
     if spending.sweeps == 0:
         return solution
@@ -285,8 +287,8 @@ def _best_walk(
         shifted = replace(scales, scale=round_scale(scales.scale * factor_of, scheme))
         best = better_rows(best, walk(shifted))
     for _ in range(spending.refits if scheme.format.scale is ScaleKind.MODEL else 0):
-        with rough_products(w_EOI):  # scales are rounded, and whether they are better is seen by their walk
-            refitted = refit_scales(w_EOI, damped_EII, best.quantized)
+        # rough products: scales are rounded after all, and whether they are better is seen by their walk
+        refitted = refit_scales(w_EOI, damped_EII, best.quantized, rough_product)
         best = better_rows(best, walk(Scales(refitted.scale, refitted.zero, refitted.global_scale)))
     return best
 

@@ -16,11 +16,14 @@ from alphaquant.solver.gptq import Columns, Solution, encode_grouped
 from alphaquant.solver.scales import Scales
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
     from torch import Tensor
 
     from alphaquant.formats import QuantizedTensor
+
+    Product = Callable[[Tensor, Tensor], Tensor]
 
 __all__ = ["refine", "refit_scales"]
 
@@ -65,13 +68,15 @@ def refine(
     return Solution(state.quantized(), loss_EO)
 
 
-def refit_scales(w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor) -> QuantizedTensor:
+def refit_scales(
+    w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor, product: Product = torch.bmm
+) -> QuantizedTensor:
     """Group by group the scale of least loss for the codes as they are, rounded to its storage type."""
-    state = _State.of(w_EOI, h_EII, quantized)
+    state = _State.of(w_EOI, h_EII, quantized, product)
     for cut in state.cuts():
         moved_EBO = torch.zeros_like(state.gradient_EIO[:, cut])
         state.refit(cut, state.gradient_EIO[:, cut], moved_EBO)
-        state.push(cut, moved_EBO, cut.stop)
+        state.gradient_EIO[:, cut.stop :] += product(h_EII[:, cut.stop :, cut], moved_EBO)
     return replace(quantized, scale=state.scale_EGO.transpose(1, 2).contiguous())
 
 
@@ -88,12 +93,18 @@ class _State:
     scale_EGO: Tensor
 
     @classmethod
-    def of(cls, w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor) -> _State:
+    def of(
+        cls,
+        w_EOI: Tensor,
+        h_EII: Tensor,
+        quantized: QuantizedTensor,
+        product: Product = torch.bmm,
+    ) -> _State:
         scales = Scales(quantized.scale, quantized.zero, quantized.global_scale)
         columns = Columns.of(w_EOI, scales, quantized.scheme)
         value_EIO = _values(quantized).transpose(1, 2).contiguous()
         q_EIO = value_EIO * columns.step_EIO
-        gradient_EIO = torch.bmm(h_EII, columns.w_EIO - q_EIO)
+        gradient_EIO = product(h_EII, columns.w_EIO - q_EIO)
         scale_EGO = quantized.scale.transpose(1, 2).contiguous()
         return cls(quantized, h_EII, columns, value_EIO, q_EIO, gradient_EIO, scale_EGO)
 
@@ -173,7 +184,7 @@ class _State:
 
     def quantized(self) -> QuantizedTensor:
         """Codes and scales as they are now."""
-        codes = encode_grouped(self.value_EIO.transpose(1, 2).contiguous(), self.start.zero, self.start.scheme)
+        codes = encode_grouped(self.value_EIO.transpose(1, 2), self.start.zero, self.start.scheme)
         return replace(self.start, codes=codes, scale=self.scale_EGO.transpose(1, 2).contiguous())
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from alphaquant.formats import ElementKind, ScaleKind, initial_scale, quantize_values, round_scale
+from alphaquant.solver.backend import Backend, kernels_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-    from alphaquant.formats import Scheme
+    from alphaquant.formats import Format, Scheme
 
 __all__ = ["Scales", "absmax_scales", "search_scales"]
 
@@ -46,7 +47,11 @@ def absmax_scales(w_EOI: Tensor, scheme: Scheme, global_scale_E: Tensor | None =
 
 
 def search_scales(
-    w_EOI: Tensor, scheme: Scheme, importance_EI: Tensor | None = None, global_scale_E: Tensor | None = None
+    w_EOI: Tensor,
+    scheme: Scheme,
+    importance_EI: Tensor | None = None,
+    global_scale_E: Tensor | None = None,
+    backend: Backend = Backend.AUTO,
 ) -> Scales:
     """For each group the scale of least rounding error among shrunken and stretched copies of the absmax scale.
 
@@ -56,6 +61,7 @@ def search_scales(
         importance_EI: what a squared error of a column costs; None: all alike. For plain rounding give the Hessian's
             diagonal.
         global_scale_E: as in `absmax_scales`.
+        backend: what rounds.
     """
     start = absmax_scales(w_EOI, scheme, global_scale_E)
     num_groups = start.scale.shape[-1]
@@ -70,24 +76,23 @@ def search_scales(
                 None if start.zero is None else start.zero[cut],
                 None if start.global_scale is None else start.global_scale[expert],
             )
-            best = _search(w_EOI[cut].float().unflatten(-1, (num_groups, -1)), part, scheme, importance_GN)
+            w_OGN = w_EOI[cut].float().unflatten(-1, (num_groups, -1))
+            best = _search(w_OGN, part, scheme, importance_GN, backend)
             scale[cut] = best.scale
             if zero is not None and best.zero is not None:
                 zero[cut] = best.zero
     return Scales(scale, zero, start.global_scale)
 
 
-def _search(w_OGN: Tensor, start: Scales, scheme: Scheme, importance_GN: Tensor | None) -> Scales:
+def _search(w_OGN: Tensor, start: Scales, scheme: Scheme, importance_GN: Tensor | None, backend: Backend) -> Scales:
+    errors_of = getattr(kernels_for(w_OGN, backend), "rounding_errors", _rounding_errors)
     factor_of, best_error_OG = torch.ones_like(start.scale), torch.full_like(start.scale, torch.inf)
     best_scale, best_zero = start.scale, None if start.zero is None else start.zero.float()
 
     def attempt(factor: float | Tensor, scale: Tensor, zero: Tensor | None) -> None:
         nonlocal factor_of, best_error_OG, best_scale, best_zero
         step = scale if start.global_scale is None else scale / start.global_scale
-        zeros = None if zero is None else zero[..., None]
-        error_OGN = quantize_values(w_OGN, step[..., None], zeros, scheme.format).mul_(step[..., None]).sub_(w_OGN)
-        error_OGN.square_()
-        error_OG = (error_OGN if importance_GN is None else error_OGN.mul_(importance_GN)).sum(-1)
+        error_OG = errors_of(w_OGN, step, zero, importance_GN, scheme.format)
         better = error_OG < best_error_OG
         best_error_OG = torch.where(better, error_OG, best_error_OG)
         best_scale = torch.where(better, scale, best_scale)
@@ -106,6 +111,15 @@ def _search(w_OGN: Tensor, start: Scales, scheme: Scheme, importance_GN: Tensor 
         for scale, zero in stretched.by(around + offset):
             attempt(around + offset, scale, zero)
     return Scales(best_scale, None if best_zero is None else best_zero.to(torch.uint8), start.global_scale)
+
+
+def _rounding_errors(
+    w_OGN: Tensor, step_OG: Tensor, zero_OG: Tensor | None, importance_GN: Tensor | None, fmt: Format
+) -> Tensor:
+    """Squared errors of groups that are rounded with these steps and zero points, each at its column's importance."""
+    step, zero = step_OG[..., None], None if zero_OG is None else zero_OG[..., None]
+    error_OGN = quantize_values(w_OGN, step, zero, fmt).mul_(step).sub_(w_OGN).square_()
+    return (error_OGN if importance_GN is None else error_OGN.mul_(importance_GN)).sum(-1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

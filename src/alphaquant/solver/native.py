@@ -1,0 +1,202 @@
+"""The solver's inner loops in C, for CPUs: several times as fast as torch, whose operations here are too small.
+
+`native.c` is compiled by the machine's own C compiler when it is first needed, and kept in the user's cache. Each
+function does what the torch code beside it does (`gptq.solve`, `refine`, `scales`), which is the specification: the
+same IEEE divisions, the same ties, sums in another order. Threads share the rows, and change no bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from alphaquant.formats import ElementKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from alphaquant.formats import Format
+    from alphaquant.solver.gptq import Columns
+
+__all__ = ["descend_block", "is_available", "rounding_errors", "walk_block"]
+
+_SOURCE = Path(__file__).with_name("native.c")
+_COMPILERS = ("cc", "gcc", "clang")
+# without contraction a product and a sum are rounded one by one, as in torch
+_FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")
+_ROWS = 64  # rows of a tile, as in native.c
+_WORTH_A_THREAD = 1 << 17  # nanoseconds of work, about: with less, starting one takes longer than it saves
+_WALK, _ROUNDING = 4, 1  # nanoseconds a weight
+
+
+class _Grid(ctypes.Structure):
+    _fields_ = (
+        ("is_float", ctypes.c_int32),
+        ("has_zero", ctypes.c_int32),
+        ("low", ctypes.c_float),
+        ("high", ctypes.c_float),
+        ("least_binade", ctypes.c_float),
+        ("steps", ctypes.c_float),
+    )
+
+    @classmethod
+    def of(cls, fmt: Format, *, has_zero: bool) -> _Grid:
+        is_float = fmt.kind is ElementKind.FLOAT
+        low = 0.0 if has_zero else -fmt.max_value if is_float else -fmt.max_value - 1
+        high = 2.0**fmt.bits - 1 if has_zero else fmt.max_value
+        return cls(is_float, has_zero, low, high, 2.0**fmt.min_exponent, 1.5 * 2.0 ** (23 - fmt.mantissa_bits))
+
+
+def is_available() -> bool:
+    """Whether there is a compiler that makes the library, or one has made it before."""
+    return _library() is not None
+
+
+def walk_block(
+    target_EIO: Tensor,
+    columns: Columns,
+    feedback_EII: Tensor,
+    value_EIO: Tensor,
+    error_EIO: Tensor,
+    cut: slice,
+    fmt: Format,
+) -> None:
+    """GPTQ over the columns of `cut`, at most 128, of all experts and rows; see `gptq.solve`.
+
+    Writes grid values and errors `w - q` of these columns, and leaves `t - q` in `target_EIO`; later columns stay.
+    """
+    tensors = (target_EIO, columns.w_EIO, columns.step_EIO, columns.zero_EIO, feedback_EII, value_EIO, error_EIO)
+    _over_tiles("walk_block", tensors, columns, cut, fmt)
+
+
+def descend_block(
+    gradient_EBO: Tensor,
+    q_EIO: Tensor,
+    columns: Columns,
+    h_EII: Tensor,
+    value_EIO: Tensor,
+    cut: slice,
+    fmt: Format,
+) -> Tensor:
+    """Coordinate descent over the columns of `cut`, at most 128, of all experts and rows; see `refine`.
+
+    Writes values and quantized weights of these columns, and the gradient that each saw as it moved.
+
+    Returns:
+        How far they moved, `[E, B, O]` for B columns.
+    """
+    moved_EBO = torch.empty_like(gradient_EBO)
+    tensors = (gradient_EBO, q_EIO, columns.step_EIO, columns.zero_EIO, h_EII, value_EIO, moved_EBO)
+    _over_tiles("descend_block", tensors, columns, cut, fmt)
+    return moved_EBO
+
+
+def rounding_errors(
+    w_OGN: Tensor, step_OG: Tensor, zero_OG: Tensor | None, importance_GN: Tensor | None, fmt: Format
+) -> Tensor:
+    """Squared error `[O, G]` of groups of N weights when they are rounded with these steps and zero points (floats).
+
+    An error costs the importance of its column where it is given.
+    """
+    _, num_groups, size = w_OGN.shape
+    error_OG = torch.empty(step_OG.shape)
+    given = (None if x is None else x.contiguous() for x in (w_OGN, step_OG, zero_OG, importance_GN))
+    tensors = (*given, error_OG)
+    grid = _Grid.of(fmt, has_zero=zero_OG is not None)
+    _run("rounding_errors", tensors, (num_groups, size), step_OG.numel(), size * _ROUNDING, grid)
+    return error_OG
+
+
+def _over_tiles(name: str, tensors: Sequence[Tensor | None], columns: Columns, cut: slice, fmt: Format) -> None:
+    num_experts, num_columns, num_rows = columns.w_EIO.shape
+    width = cut.stop - cut.start
+    grid = _Grid.of(fmt, has_zero=columns.zero_EIO is not None)
+    num_tiles = num_experts * -(-num_rows // _ROWS)
+    _run(name, tensors, (num_columns, num_rows, cut.start, width), num_tiles, width * _ROWS * _WALK, grid)
+
+
+def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], total: int, cost: int, grid: _Grid) -> None:
+    """Call a function of the library for `total` parts of its work, shared by as many threads as torch has.
+
+    A part takes about `cost` nanoseconds.
+    """
+    assert all(x is None or (x.is_contiguous() and x.dtype is torch.float32) for x in tensors)
+    library = _library()
+    assert library is not None
+    function = getattr(library, name)
+    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+    fixed = [*pointers, *map(ctypes.c_int64, sizes)]
+    num_threads = max(1, min(torch.get_num_threads(), total, total * cost // _WORTH_A_THREAD))
+    ends = [total * part // num_threads for part in range(num_threads + 1)]
+
+    def part(index: int) -> None:  # the library is called without Python's lock
+        function(*fixed, ctypes.c_int64(ends[index]), ctypes.c_int64(ends[index + 1]), ctypes.byref(grid))
+
+    others = [threading.Thread(target=part, args=(index,)) for index in range(1, num_threads)]
+    for thread in others:
+        thread.start()
+    part(0)
+    for thread in others:
+        thread.join()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        return None
+    source = _SOURCE.read_bytes()
+    for flags in ((*_FLAGS, "-march=native"), _FLAGS):  # not every compiler knows every machine
+        key = hashlib.sha256(b"\0".join([source, repr((compiler, flags, _machine())).encode()])).hexdigest()[:16]
+        try:
+            return ctypes.CDLL(str(_compiled(compiler, flags, f"native-{key}.so")))
+        except (OSError, subprocess.CalledProcessError):
+            continue
+    return None
+
+
+def _machine() -> str:
+    """What `-march=native` depends on: a home directory may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {flags}"
+
+
+def _compiled(compiler: str, flags: Sequence[str], name: str) -> Path:
+    """The library in the user's cache, made where it is not there; in a directory of this process where none can be.
+
+    Raises:
+        OSError: there is no place for it.
+        CalledProcessError: the compiler refuses.
+    """
+    folder = Path.home() / ".cache" / "alphaquant"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_ours = folder.stat().st_uid == os.geteuid() and os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):
+        is_ours = False
+    if not is_ours:
+        folder = Path(tempfile.mkdtemp(prefix="alphaquant-"))
+    library = folder / name
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch) / name
+            subprocess.run([compiler, *flags, str(_SOURCE), "-o", str(made)], check=True, capture_output=True)  # noqa: S603
+            made.replace(library)
+    return library
