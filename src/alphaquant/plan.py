@@ -322,7 +322,7 @@ def _choose(plan: Plan, applied: Sequence[int], scale_dtype: torch.dtype, module
         group_size, group_rule = fmt.native_group, wq_rule
     elif group_size is None:
         group_size = _DEFAULT_GROUP_SIZE
-    if fmt.scale is ScaleKind.E4M3 and group_size != fmt.native_group:
+    if fmt.has_one_group and group_size != fmt.native_group:
         what = f"group_size {group_size} for {module.name}, which is {fmt.name} with blocks of {fmt.native_group}"
         raise PlanError(what, where=_place(plan, group_rule), remedy="narrow the pattern, or choose another format")
     is_symmetric = symmetric is not False or fmt.kind is not ElementKind.INT
@@ -354,7 +354,7 @@ def _misfit(plan: Plan, misfits: Sequence[tuple[Module, _Choice]]) -> PlanError:
     what = f"group size {scheme.group_size} does not divide the {module.in_features} inputs of {module.name}{more}"
     fitting = next((size for size in _STANDARD_GROUPS if module.in_features % size == 0), -1)
     pattern = f'"pattern": "{generalise(module.name)}"'
-    if scheme.format.scale is ScaleKind.E4M3:
+    if scheme.format.has_one_group:
         remedy = f'add at the end {{{pattern}, "skip": true}}, or give it another format than {scheme.format.name}'
     else:
         why = "the largest standard size that divides" if fitting > 0 else "one scale a row; no standard size divides"

@@ -22,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from alphaquant.errors import PlanError
-from alphaquant.formats import FORMATS, UNQUANTIZED, Activation, ElementKind, ScaleKind, parse_format
+from alphaquant.formats import FORMATS, UNQUANTIZED, Activation, ElementKind, parse_format
 from alphaquant.patterns import compile_pattern, did_you_mean
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Rule(BaseModel):
         if self.symmetric is False and fmt.kind is not ElementKind.INT:
             what = f'"symmetric": false with wq "{fmt.name}", which has no zero point'
             raise _invalid(what, "omit symmetric, or choose an integer format")
-        if fmt.scale is ScaleKind.E4M3 and self.group_size not in {None, fmt.native_group}:
+        if fmt.has_one_group and self.group_size not in {None, fmt.native_group}:
             what = f'group_size {self.group_size} with wq "{fmt.name}", whose blocks are {fmt.native_group} wide'
             raise _invalid(what, "omit group_size, or choose another format")
         return self
@@ -137,7 +137,7 @@ class Override(Rule):
 _REMEDIES = {
     "wq": 'write a format name in quotes, such as "int4", or "bf16" to leave the module',
     "aq": 'write "bf16", "int8" or "fp8", the last two being dynamic by token, or omit aq',
-    "group_size": "write a positive integer, or -1 for one scale a row",
+    "group_size": 'write a positive integer, or -1 for one scale a row; blocks of 128 x 128 are "wq": "fp8_block"',
     "symmetric": "write true or false",
     "skip": "write true or false",
     "comment": "write a string in quotes",

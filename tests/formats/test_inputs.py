@@ -34,6 +34,21 @@ def test_every_token_has_its_own_scale(activation, dtype):
         assert found.abs().max() == TOP[activation]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_group_of_a_token_has_its_own_scale(dtype):
+    x = torch.randn(2, 5, 384, generator=torch.Generator().manual_seed(0)) * SIZES
+    x[..., 128:256] *= 1e-3  # what one scale a token would round to few steps
+    x = x.to(dtype)
+    values, scale = round_inputs(x, Activation.FP8, 128)
+    assert (values.dtype, values.shape, scale.shape) == (dtype, x.shape, (2, 5, 1))
+    assert (scale == 1).all()
+    for row, found in zip(x.flatten(0, 1).float(), values.flatten(0, 1), strict=True):
+        for group, rounded in zip(row.split(128), found.split(128), strict=True):
+            step = group.abs().max() / 448
+            assert rounded.equal(((group / step).to(torch.float8_e4m3fn).float() * step).to(dtype))
+    assert not round_inputs(torch.zeros(1, 128), Activation.FP8, 128)[0].any()
+
+
 @pytest.mark.parametrize("activation", [Activation.INT8, Activation.FP8])
 def test_empty_and_extreme_tokens_stay_numbers(activation):
     largest = torch.finfo(torch.bfloat16).max

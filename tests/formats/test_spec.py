@@ -7,7 +7,7 @@ import torch
 
 import alphaquant.formats as formats_module
 from alphaquant.errors import PlanError
-from alphaquant.formats import FORMATS, UNQUANTIZED, ElementKind, ScaleKind, Scheme, parse_format
+from alphaquant.formats import FORMATS, UNQUANTIZED, Activation, ElementKind, Inputs, ScaleKind, Scheme, parse_format
 
 
 def scheme(name: str, group: int, **options: object) -> Scheme:
@@ -32,6 +32,7 @@ def scheme(name: str, group: int, **options: object) -> Scheme:
         (scheme("int8", -1), 8 + 16 / 256),
         (scheme("fp6", 128, scale_dtype=torch.float16), 6.125),
         (scheme("fp8", -1, scale_dtype=torch.float32), 8 + 32 / 256),
+        (scheme("fp8_block", 128), 8 + 2 * 16 / (64 * 256)),  # of one block and half as many rows
     ],
 )
 def test_bits_per_weight_counts_scales_and_zero_points(made: Scheme, bits: float) -> None:
@@ -45,6 +46,7 @@ def test_bits_per_weight_counts_scales_and_zero_points(made: Scheme, bits: float
         (scheme("int4", 128, symmetric=False), "int4 g128 asym"),
         (scheme("mxfp4", 32), "mxfp4 g32"),
         (scheme("fp8", -1), "fp8 channel"),
+        (scheme("fp8_block", 128, activation=Activation.FP8), "fp8_block g128 ×fp8"),
     ],
 )
 def test_a_scheme_reads_as_people_write_it(made: Scheme, text: str) -> None:
@@ -63,6 +65,8 @@ def test_a_group_that_does_not_divide_names_sizes_that_do() -> None:
     assert "8, 16, 32, 64)" in str(caught.value)
     with pytest.raises(PlanError, match="another format"):
         scheme("nvfp4", 16).num_groups(40)
+    with pytest.raises(PlanError, match="another format"):
+        scheme("fp8_block", 128).num_groups(192)
     with pytest.raises(PlanError, match="no power of two"):
         scheme("int4", 32).bits_per_weight(4, 45)
 
@@ -73,10 +77,19 @@ def test_impossible_group_sizes_are_refused(group: int) -> None:
         scheme("int4", group)
 
 
-@pytest.mark.parametrize("group", [8, 32, -1])
-def test_nvfp4_takes_its_own_group_only(group: int) -> None:
-    with pytest.raises(PlanError, match="groups of 16 only"):
-        scheme("nvfp4", group)
+@pytest.mark.parametrize("group", [8, 32, 256, -1])
+@pytest.mark.parametrize(("name", "own"), [("nvfp4", 16), ("fp8_block", 128)])
+def test_some_formats_take_their_own_group_only(name: str, own: int, group: int) -> None:
+    with pytest.raises(PlanError, match=rf"(?s)group size {group} of {name} .*groups of {own} only"):
+        scheme(name, group)
+
+
+def test_inputs_are_rounded_in_groups_before_weights_in_blocks_alone() -> None:
+    assert scheme("fp8_block", 128, activation=Activation.FP8).inputs == Inputs(Activation.FP8, 128)
+    assert scheme("fp8_block", 128).inputs == scheme("int4", 128).inputs == Inputs()
+    assert scheme("fp8", 128, activation=Activation.FP8).inputs == Inputs(Activation.FP8, -1)
+    with pytest.raises(PlanError, match="int8 activations do not go with fp8_block"):
+        scheme("fp8_block", 128, activation=Activation.INT8)
 
 
 def test_only_integers_are_asymmetric() -> None:
@@ -105,12 +118,14 @@ def test_the_catalogue() -> None:
     assert list(FORMATS) == [f.name for f in FORMATS.values()]
     assert set(FORMATS) == {
         *("int2", "int3", "int4", "int6", "int8", "fp4", "fp6", "fp6_e3m2", "fp8", "fp8_e5m2"),
-        *("mxfp4", "mxfp6", "mxfp6_e3m2", "mxfp8", "mxfp8_e5m2", "nvfp4"),
+        *("mxfp4", "mxfp6", "mxfp6_e3m2", "mxfp8", "mxfp8_e5m2", "nvfp4", "fp8_block"),
     }
+    own_groups = {"nvfp4": 16, "fp8_block": 128}
     for name, fmt in FORMATS.items():
         floats = fmt.kind is ElementKind.FLOAT
         assert fmt.bits == (1 + fmt.exponent_bits + fmt.mantissa_bits if floats else int(name[3:]))
-        assert fmt.native_group == (32 if name.startswith("mx") else 16 if name == "nvfp4" else None)
+        assert fmt.native_group == (32 if name.startswith("mx") else own_groups.get(name))
+        assert fmt.block_rows == (128 if name == "fp8_block" else 1)
         assert (fmt.scale is ScaleKind.E8M0) == name.startswith("mx")
         assert (fmt.scale is ScaleKind.E4M3) == (name == "nvfp4")
     assert FORMATS["fp6"].mantissa_bits == 3  # E2M3 unless it says otherwise

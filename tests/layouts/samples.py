@@ -47,6 +47,7 @@ def random_quantized(scheme, out_features, in_features, seed=0):
         scale = (1 + draw(0x7E, out_features, groups)).to(torch.uint8).view(torch.float8_e4m3fn).float()
     else:
         scale = torch.rand(out_features, groups, generator=rng).mul(8).exp2().to(scheme.scale_dtype).float()
+        scale = scale[torch.arange(out_features) // fmt.block_rows]  # rows of a block hold the same
     zero = None if scheme.symmetric else draw(limit, out_features, groups).to(torch.uint8)
     is_nvfp4 = fmt.scale is ScaleKind.E4M3
     global_scale = torch.rand((), generator=rng).mul(40).sub(20).exp2() if is_nvfp4 else None

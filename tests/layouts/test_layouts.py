@@ -10,6 +10,7 @@ from alphaquant.layouts.stored import exponent_scale, scale_exponent
 
 from .samples import DTYPES, POWERS, all_schemes, assert_same, random_quantized, scheme
 
+BLOCKS = [s for s in all_schemes((128,)) if s.format.block_rows > 1]
 CODED = ("compressed-tensors", "humming", "gptq", "gptq_v2")
 
 
@@ -29,7 +30,21 @@ def test_every_scheme_round_trips(layout, scheme):
     if layout.unsupported(scheme, (64, 384)) is None:
         round_trip(layout, random_quantized(scheme, 64, 384))
     else:
-        assert layout.name != "humming"  # which takes every scheme of this shape
+        # which takes every scheme of this shape whose rows have scales of their own
+        assert layout.name != "humming" or scheme.format.block_rows > 1
+
+
+@pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])
+@pytest.mark.parametrize("scheme", BLOCKS, ids=str)
+def test_blocks_keep_one_scale_for_all_their_rows(scheme, rows):
+    q = random_quantized(scheme, rows, 256)
+    stored = round_trip(LAYOUTS["compressed-tensors"], q)
+    scale = stored["model.layers.0.mlp.up_proj.weight_scale"]
+    assert scale.shape == (-(-rows // 128), 2)
+    assert all(scale[row // 128].float().equal(q.scale[row]) for row in range(rows))
+    with pytest.raises(PlanError, match="fp8_block is written in compressed-tensors"):
+        LAYOUTS["humming"].tensors("m", q)
+    assert "do not divide 192 inputs" in LAYOUTS["compressed-tensors"].unsupported(scheme, (rows, 192))
 
 
 @settings(max_examples=80)
@@ -105,13 +120,13 @@ def test_a_matrix_of_another_shape_is_refused():
 HELD_BY_COMPRESSED_TENSORS = {
     **{f"int{b} {g}{a}": True for b in (2, 3, 4, 6, 8) for g in ("channel", "g32") for a in ("", " asym")},
     **dict.fromkeys(("fp8 channel", "nvfp4 g16", "mxfp4 g32", "mxfp6 g32", "mxfp8 g32"), True),
-    **dict.fromkeys(("int8 channel ×int8", "fp8 channel ×fp8"), True),
+    **dict.fromkeys(("int8 channel ×int8", "fp8 channel ×fp8", "fp8_block g128", "fp8_block g128 ×fp8"), True),
 }
 
 
-@pytest.mark.parametrize("scheme", all_schemes((-1, 16, 32)), ids=str)
+@pytest.mark.parametrize("scheme", [*all_schemes((-1, 16, 32)), *BLOCKS], ids=str)
 def test_what_compressed_tensors_holds(scheme):
-    reason = LAYOUTS["compressed-tensors"].unsupported(scheme, (64, 64))
+    reason = LAYOUTS["compressed-tensors"].unsupported(scheme, (64, 128))
     if scheme.format.kind.value == "int" and scheme.group_size == 16:
         assert reason is None
         return

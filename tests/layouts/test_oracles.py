@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from alphaquant.formats import dequantize, quantize
+from alphaquant.formats import Activation, dequantize, quantize
 from alphaquant.layouts import LAYOUTS
 
 from .samples import DTYPES, all_schemes, scheme
@@ -17,10 +17,12 @@ COMPRESSED_TENSORS = [
     s for s in all_schemes((-1, 16, 32, 96), DTYPES) if LAYOUTS["compressed-tensors"].unsupported(s, SHAPE) is None
 ]
 
+BLOCKS = [s for s in all_schemes((128,), DTYPES) if s.format.block_rows > 1]
 
-def weight(seed=0):
-    rng = torch.Generator().manual_seed(seed)
-    w = torch.randn(SHAPE, generator=rng) * torch.randn(SHAPE[0], 1, generator=rng).mul(3).exp()
+
+def weight(rows=SHAPE[0], columns=SHAPE[1]):
+    rng = torch.Generator().manual_seed(0)
+    w = torch.randn(rows, columns, generator=rng) * torch.randn(rows, 1, generator=rng).mul(3).exp()
     w[3] = 0
     return w
 
@@ -33,7 +35,7 @@ def config_of(layout, schemes):
     return json.loads(json.dumps(LAYOUTS[layout].quantization_config(schemes)))
 
 
-@pytest.mark.parametrize("scheme", COMPRESSED_TENSORS, ids=lambda s: f"{s}-{s.scale_dtype}")
+@pytest.mark.parametrize("scheme", [*COMPRESSED_TENSORS, *BLOCKS], ids=lambda s: f"{s}-{s.scale_dtype}")
 def test_compressed_tensors_decompresses_to_our_weight(scheme):
     pytest.importorskip("compressed_tensors", minversion="0.20")
     compressors = pytest.importorskip("compressed_tensors.compressors")
@@ -44,11 +46,34 @@ def test_compressed_tensors_decompresses_to_our_weight(scheme):
     inferred = compressors.format.infer_module_format(torch.nn.Linear, group)
     assert inferred.value == config["format"] == group.format
     compressor = compressors.BaseCompressor.get_value_from_registry(config["format"])
-    q = quantize(weight(), scheme)
+    # its decompressor takes the blocks' height from the number of scales: whole blocks, and more than one
+    q = quantize(weight(*(256, 384) if scheme in BLOCKS else SHAPE), scheme)
     stored = local("compressed-tensors", q)
     assert set(stored) == set(compressor.compression_param_names(group))
     unpacked = compressor.decompress(stored, group)["weight"]
     assert torch.equal(unpacked, dequantize(q, unpacked.dtype))
+
+
+@pytest.mark.parametrize("scheme", BLOCKS, ids=lambda s: f"{s}-{s.scale_dtype}")
+def test_compressed_tensors_rounds_to_our_blocks(scheme):
+    """Its compressor on the same scales chooses our codes, also in a last block of fewer rows; its preset is ours."""
+    pytest.importorskip("compressed_tensors", minversion="0.20")
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+
+    config = config_of("compressed-tensors", {"m": scheme})
+    group = quantization.QuantizationConfig.model_validate(config).config_groups["group_0"]
+    preset = quantization.preset_name_to_scheme("FP8_BLOCK", ["m"])
+    assert (group.weights.strategy, group.weights.block_structure) == ("block", preset.weights.block_structure)
+    if scheme.activation is Activation.FP8:
+        inputs = ("strategy", "group_size", "dynamic", "num_bits", "type", "symmetric")
+        assert all(getattr(group.input_activations, k) == getattr(preset.input_activations, k) for k in inputs)
+    compressor = compressors.BaseCompressor.get_value_from_registry(config["format"])
+    w = weight(200, 384)
+    stored = local("compressed-tensors", quantize(w, scheme))
+    theirs = compressor.compress({"weight": w, "weight_scale": stored["weight_scale"].float()}, group)
+    assert torch.equal(theirs["weight"].view(torch.uint8) & 0x7F, stored["weight"].view(torch.uint8) & 0x7F)
+    assert torch.equal(theirs["weight"].float(), stored["weight"].float())  # but for the sign of zero
 
 
 def test_compressed_tensors_takes_a_mixed_config():

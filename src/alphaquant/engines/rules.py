@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from alphaquant.engines.parts import FUSED_OF, GATES, LINEAR, leaf
+from alphaquant.engines.parts import FUSED, FUSED_OF, GATES, LINEAR, leaf
 from alphaquant.engines.profile import Profile
 from alphaquant.errors import ConfigError
 from alphaquant.formats import Activation, ElementKind, ScaleKind
@@ -24,6 +24,7 @@ __all__ = ["PROFILES", "profile_of"]
 
 _ROW_PARALLEL = ("o_proj", "down_proj")  # split along their inputs under tensor parallelism, all others along outputs
 _MARLIN_GROUPS = (-1, 32, 64, 128)
+_FP8_EXPERTS = 'vLLM computes fp8 experts with rounded inputs only ("aq": "fp8")'
 
 
 def _split(scheme: Scheme, module: Module, tp: int) -> str | None:
@@ -54,20 +55,41 @@ def _vllm_compressed_tensors(scheme: Scheme, module: Module, tp: int) -> str | N
     """Rules of vLLM 0.32's compressed-tensors schemes and of its fused experts."""
     if (reason := _gate(module) or _split(scheme, module, tp)) is not None:
         return reason
-    fmt, is_int = scheme.format, scheme.format.kind is ElementKind.INT
+    fmt = scheme.format
+    if fmt.block_rows > 1:
+        return _vllm_blocks(scheme, module, tp)
     if scheme.activation is not Activation.BF16:
         is_served = fmt.name in ("int8", "fp8") and scheme.group_size == -1 and module.kind is not ModuleKind.EMBEDDING
         what = f"vLLM takes {scheme.activation.value} inputs with int8 and fp8 weights of one scale a row"
         return None if is_served else what
-    if is_int:
-        return _vllm_integers(scheme, module)
+    return _vllm_integers(scheme, module) if fmt.kind is ElementKind.INT else _vllm_floats(scheme, module)
+
+
+def _vllm_floats(scheme: Scheme, module: Module) -> str | None:
+    fmt = scheme.format
     if module.kind is ModuleKind.EMBEDDING:
         return "vLLM looks up integer embeddings only"
     if fmt.name == "fp8" and scheme.group_size == -1:
-        is_expert = module.kind is ModuleKind.EXPERT
-        return 'vLLM computes fp8 experts with rounded inputs only ("aq": "fp8")' if is_expert else None
+        return _FP8_EXPERTS if module.kind is ModuleKind.EXPERT else None
     is_block = fmt.name in ("nvfp4", "mxfp4", "mxfp8") and scheme.group_size == fmt.native_group
     return None if is_block else f"vLLM does not compute {scheme} from compressed-tensors"
+
+
+def _vllm_blocks(scheme: Scheme, module: Module, tp: int) -> str | None:
+    """FP8 in blocks: what is loaded behind a matrix, or lies on another GPU, has to begin with a block."""
+    is_expert, last, block = module.kind is ModuleKind.EXPERT, leaf(module), scheme.format.block_rows
+    if not is_expert and module.kind not in LINEAR:
+        return f"vLLM computes {scheme.format} in linears of layers"
+    if is_expert and scheme.activation is Activation.BF16:
+        return _FP8_EXPERTS
+    is_cut = tp > 1 and last not in _ROW_PARALLEL
+    fused = FUSED_OF.get(last)
+    is_followed = fused is not None and (is_expert or last != FUSED[fused][-1])
+    rows = module.out_features // tp if is_cut else module.out_features
+    if rows % block == 0 or not (is_cut or is_followed):
+        return None
+    where = f"each of {tp} GPUs holds" if is_cut else f"vLLM loads as part of {fused}"
+    return f"blocks of {block} rows do not divide the {rows} outputs that {where}"
 
 
 def _vllm_integers(scheme: Scheme, module: Module) -> str | None:
@@ -93,6 +115,8 @@ def _vllm_humming(scheme: Scheme, module: Module, tp: int) -> str | None:
     fmt = scheme.format
     if module.kind in (ModuleKind.EMBEDDING, ModuleKind.HEAD):
         return f"vLLM reads the {module.kind.value} of a humming checkpoint unquantized"
+    if fmt.block_rows > 1:
+        return f"{fmt} is written in compressed-tensors"
     if 0 < scheme.group_size < 16:
         return "humming computes groups of 16 or more"
     if fmt.scale is ScaleKind.E4M3 and (module.kind is ModuleKind.EXPERT or FUSED_OF.get(leaf(module)) is not None):

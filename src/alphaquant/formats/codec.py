@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.formats.grid import decode, encode, round_to_grid_
 from alphaquant.formats.spec import FORMATS, ElementKind, ScaleKind
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from alphaquant.formats.spec import Format, Scheme
@@ -26,6 +29,7 @@ __all__ = [
     "dequantize",
     "initial_scale",
     "matrix_scale",
+    "pool_rows",
     "quantize",
     "quantize_values",
     "quantize_with",
@@ -43,7 +47,7 @@ class QuantizedTensor:
 
     Attributes:
         codes: uint8 [..., O, I], bit patterns of ``scheme.format.bits`` bits.
-        scale: float32 [..., O, G], every value exact in the scheme's storage type.
+        scale: float32 [..., O, G], every value exact in the scheme's storage type; rows of a block hold the same.
         zero: uint8 [..., O, G] for asymmetric integers, else None.
         global_scale: float32 [...] for NVFP4, which it divides: w = value * (scale / global_scale); else None.
         scheme: the format and its groups.
@@ -112,7 +116,7 @@ def initial_scale(
         scale = _nonzero_groups(round_scale((high - low) / levels, scheme), high - low)
         zero = (-low / scale).round_().clamp_(0, levels).to(torch.uint8)
         return scale, zero, None
-    absmax = torch.maximum(-low, high)
+    absmax = pool_rows(torch.maximum(-low, high), scheme, torch.amax)
     if fmt.scale is ScaleKind.E4M3:
         if global_scale is None:
             global_scale = _matrix_scale(absmax.amax(dim=(-2, -1)))
@@ -122,6 +126,21 @@ def initial_scale(
     # 2^k by more than half an ulp, and one below it stays below.
     span = (2.0**fmt.bits - 1) / 2 if fmt.kind is ElementKind.INT else fmt.max_value
     return _nonzero_groups(round_scale(absmax / span, scheme), absmax), None, None
+
+
+def pool_rows(x: Tensor, scheme: Scheme, pool: Callable[..., Tensor] = torch.sum) -> Tensor:
+    """The sum (or ``torch.amax``, of nothing negative) over the rows that share a scale, in each of their places.
+
+    Args:
+        x: [..., O, G].
+        scheme: says which do: blocks of rows from the first on, the last one as tall as is left.
+        pool: takes a tensor, a dimension and ``keepdim``.
+    """
+    rows, block = x.shape[-2], scheme.format.block_rows
+    if block == 1:
+        return x
+    blocks = F.pad(x, (0, 0, 0, -rows % block)).unflatten(-2, (-1, block))
+    return pool(blocks, -2, keepdim=True).expand_as(blocks).flatten(-3, -2)[..., :rows, :]
 
 
 def matrix_scale(w: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,7 +15,17 @@ from alphaquant.errors import PlanError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["FORMATS", "UNQUANTIZED", "Activation", "ElementKind", "Format", "ScaleKind", "Scheme", "parse_format"]
+__all__ = [
+    "FORMATS",
+    "UNQUANTIZED",
+    "Activation",
+    "ElementKind",
+    "Format",
+    "Inputs",
+    "ScaleKind",
+    "Scheme",
+    "parse_format",
+]
 
 UNQUANTIZED = ("bf16", "none")
 """Names by which a plan leaves a module in the checkpoint's own precision."""
@@ -46,6 +56,13 @@ class Activation(Enum):
     FP8 = "fp8"
 
 
+class Inputs(NamedTuple):
+    """What a linear's inputs are rounded to, and how many of a token's share a scale; -1 is all of them."""
+
+    activation: Activation = Activation.BF16
+    group_size: int = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Format:
     """A number format: an element grid of at most 8 bits and the kind of scale that goes with it.
@@ -59,6 +76,7 @@ class Format:
         max_value: the largest finite grid value (for integers with the symmetric zero point).
         scale: how group scales are stored.
         native_group: the group size the hardware format is defined for, or None.
+        block_rows: rows whose groups share a scale: 1, or those of a block.
     """
 
     name: str
@@ -69,6 +87,12 @@ class Format:
     max_value: float
     scale: ScaleKind
     native_group: int | None = None
+    block_rows: int = 1
+
+    @property
+    def has_one_group(self) -> bool:
+        """Whether its native group is the only one that it can have."""
+        return self.scale is ScaleKind.E4M3 or self.block_rows > 1
 
     @property
     def bias(self) -> int:
@@ -111,11 +135,13 @@ _ALL_FORMATS = (
     *_floats(2, 3, 7.5, fp6=ScaleKind.MODEL, mxfp6=ScaleKind.E8M0),
     *_floats(3, 2, 28.0, fp6_e3m2=ScaleKind.MODEL, mxfp6_e3m2=ScaleKind.E8M0),
     *_floats(4, 3, 448.0, fp8=ScaleKind.MODEL, mxfp8=ScaleKind.E8M0),
+    Format("fp8_block", ElementKind.FLOAT, 8, 4, 3, 448.0, ScaleKind.MODEL, native_group=128, block_rows=128),
     *_floats(5, 2, 57344.0, fp8_e5m2=ScaleKind.MODEL, mxfp8_e5m2=ScaleKind.E8M0),
 )
 
 FORMATS: Mapping[str, Format] = MappingProxyType({fmt.name: fmt for fmt in _ALL_FORMATS})
-"""Every format by name. Elements and MX scales: OCP Microscaling v1.0; the 8-bit floats: OCP OFP8."""
+"""Every format by name. Elements and MX scales: OCP Microscaling v1.0; the 8-bit floats: OCP OFP8; blocks of
+128 x 128: DeepSeek-V3 (arXiv:2412.19437, section 3.3.2)."""
 
 
 def parse_format(name: str) -> Format | None:
@@ -163,7 +189,7 @@ class Scheme:
                 f"group size {self.group_size} of {fmt} is not possible",
                 remedy="give a positive group size, or -1 for one scale a row",
             )
-        if fmt.scale is ScaleKind.E4M3 and self.group_size != fmt.native_group:
+        if fmt.has_one_group and self.group_size != fmt.native_group:
             raise PlanError(
                 f"group size {self.group_size} of {fmt} is not possible",
                 remedy=f"{fmt} is defined for groups of {fmt.native_group} only",
@@ -189,6 +215,12 @@ class Scheme:
         )
 
     @property
+    def inputs(self) -> Inputs:
+        """How the linear's inputs are rounded: token by token, and group by group before weights in blocks."""
+        is_in_groups = self.format.block_rows > 1 and self.activation is not Activation.BF16
+        return Inputs(self.activation, self.group_size if is_in_groups else -1)
+
+    @property
     def scale_bits(self) -> int:
         """Bits of one stored group scale."""
         return self.scale_dtype.itemsize * 8 if self.format.scale is ScaleKind.MODEL else 8
@@ -204,7 +236,7 @@ class Scheme:
         if in_features % self.group_size:
             fitting = [2**k for k in range(3, 11) if in_features % 2**k == 0]
             sizes = ", ".join(map(str, fitting)) if fitting else "no power of two from 8 to 1024"
-            other = "another format" if self.format.scale is ScaleKind.E4M3 else "one of them, or -1"
+            other = "another format" if self.format.has_one_group else "one of them, or -1"
             raise PlanError(
                 f"group size {self.group_size} of {self.format} does not divide {in_features} inputs",
                 remedy=f"use {other} (sizes that divide: {sizes})",
@@ -219,8 +251,8 @@ class Scheme:
         """
         group_bits = self.scale_bits + (0 if self.symmetric else self.format.bits)
         matrix_bits = 32 if self.format.scale is ScaleKind.E4M3 else 0
-        groups = self.num_groups(in_features)
-        return self.format.bits + groups * group_bits / in_features + matrix_bits / (out_features * in_features)
+        scales = -(-out_features // self.format.block_rows) * self.num_groups(in_features)
+        return self.format.bits + (scales * group_bits + matrix_bits) / (out_features * in_features)
 
 
 def _unmultiplied(scheme: Scheme) -> str | None:

@@ -50,12 +50,14 @@ _VERSION = "0.18.0"  # the first release with the dense bit stream
 _INT_FORMAT = "pack-quantized"
 _FLOAT_FORMATS = {
     "fp8": "naive-quantized",
+    "fp8_block": "naive-quantized",
     "nvfp4": "nvfp4-pack-quantized",
     "mxfp4": "mxfp4-pack-quantized",
     "mxfp6": "mxfp6-pack-quantized",
     "mxfp8": "mxfp8-quantized",
 }
-_ROUNDED_FORMATS = {"int8": "int-quantized", "fp8": "float-quantized"}  # whose inputs are rounded as well
+# whose inputs are rounded as well
+_ROUNDED_FORMATS = {"int8": "int-quantized", "fp8": "float-quantized", "fp8_block": "float-quantized"}
 _SCALE_DTYPES = {ScaleKind.E8M0: torch.uint8, ScaleKind.E4M3: torch.float8_e4m3fn}
 
 
@@ -70,15 +72,16 @@ class CompressedTensorsLayout:
         if (misfit := group_misfit(scheme, shape)) is not None:
             return misfit
         if scheme.activation is not Activation.BF16:
-            is_held = fmt.name in _ROUNDED_FORMATS and scheme.group_size == -1
-            return None if is_held else "compressed-tensors rounds inputs for int8 and fp8 weights of one scale a row"
+            is_held = fmt.name in _ROUNDED_FORMATS and (scheme.group_size == -1 or fmt.block_rows > 1)
+            what = "compressed-tensors rounds inputs for int8 and fp8 weights of one scale a row, and for fp8_block"
+            return None if is_held else what
         return None if fmt.kind is ElementKind.INT else self._unsupported_float(scheme)
 
     def _unsupported_float(self, scheme: Scheme) -> str | None:
         fmt = scheme.format
         if fmt.name not in _FLOAT_FORMATS:
             return f"compressed-tensors has no format for {fmt.name} weights"
-        if fmt.scale is ScaleKind.MODEL and scheme.group_size != -1:
+        if fmt.scale is ScaleKind.MODEL and scheme.group_size != -1 and fmt.block_rows == 1:
             return f"compressed-tensors stores {fmt.name} weights with one scale a row, not in groups"
         if fmt.native_group is not None and scheme.group_size != fmt.native_group:
             return f"compressed-tensors stores {fmt.name} in blocks of {fmt.native_group} only"
@@ -107,8 +110,8 @@ class CompressedTensorsLayout:
             stored["weight"] = q.codes.contiguous().view(torch.float8_e4m3fn)
         else:
             stored["weight_packed"] = pack_rows(q.codes, fmt.bits)
-        is_power = fmt.scale is ScaleKind.E8M0
-        stored["weight_scale"] = scale_exponent(q.scale) if is_power else q.scale.to(_scale_dtype(scheme))
+        is_power, scale = fmt.scale is ScaleKind.E8M0, q.scale[:: fmt.block_rows]
+        stored["weight_scale"] = scale_exponent(scale) if is_power else scale.to(_scale_dtype(scheme))
         if q.zero is not None:
             stored["weight_zero_point"] = pack_zeros(q.zero, fmt.bits)
         if q.global_scale is not None:
@@ -137,7 +140,7 @@ class CompressedTensorsLayout:
         else:
             packed = get("weight_packed", torch.uint8, out_features, in_features * fmt.bits // 8)
             codes = unpack_rows(packed, fmt.bits, in_features)
-        scale = get("weight_scale", _scale_dtype(scheme), out_features, num_groups)
+        scale = get("weight_scale", _scale_dtype(scheme), -(-out_features // fmt.block_rows), num_groups)
         zero = global_scale = None
         if not scheme.symmetric:
             packed = get("weight_zero_point", torch.int32, word_count(out_features, fmt.bits), num_groups)
@@ -145,6 +148,8 @@ class CompressedTensorsLayout:
         if fmt.scale is ScaleKind.E4M3:
             global_scale = get("weight_global_scale", torch.float32, 1).reshape(())
         scale = exponent_scale(scale) if fmt.scale is ScaleKind.E8M0 else scale.float()
+        if fmt.block_rows > 1:
+            scale = scale.repeat_interleave(fmt.block_rows, 0)[:out_features]
         return QuantizedTensor(codes, scale, zero, global_scale, scheme)
 
     def quantization_config(
@@ -201,25 +206,36 @@ def _scale_dtype(scheme: Scheme) -> torch.dtype:
     return _SCALE_DTYPES.get(scheme.format.scale, scheme.scale_dtype)
 
 
+def _strategy(scheme: Scheme) -> str:
+    if scheme.format.block_rows > 1:
+        return "block"
+    if scheme.format.scale is ScaleKind.E4M3:
+        return "tensor_group"
+    return "channel" if scheme.group_size == -1 else "group"
+
+
 def _group(scheme: Scheme) -> dict[str, Any]:
     """A config group without its targets."""
     fmt = scheme.format
-    strategy = "channel" if scheme.group_size == -1 else "group"
-    weights = {
+    weights: dict[str, Any] = {
         "num_bits": fmt.bits,
         "type": fmt.kind.value,
         "symmetric": scheme.symmetric,
-        "strategy": "tensor_group" if fmt.scale is ScaleKind.E4M3 else strategy,
-        "group_size": None if scheme.group_size == -1 else scheme.group_size,
+        "strategy": _strategy(scheme),
+        "group_size": None if scheme.group_size == -1 or fmt.block_rows > 1 else scheme.group_size,
         "dynamic": False,
         "actorder": None,
     }
+    if fmt.block_rows > 1:
+        weights["block_structure"] = [fmt.block_rows, scheme.group_size]
     if fmt.scale in _SCALE_DTYPES:
         weights["scale_dtype"] = str(_SCALE_DTYPES[fmt.scale])
     inputs = None
     if scheme.activation is not Activation.BF16:
         kind = ElementKind.INT if scheme.activation is Activation.INT8 else ElementKind.FLOAT
         inputs = {"num_bits": 8, "type": kind.value, "symmetric": True, "strategy": "token", "dynamic": True}
+        if scheme.inputs.group_size > 0:
+            inputs |= {"strategy": "group", "group_size": scheme.inputs.group_size}
     formats = _FLOAT_FORMATS if inputs is None else _ROUNDED_FORMATS
     return {
         "targets": [],

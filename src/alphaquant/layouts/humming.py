@@ -57,6 +57,8 @@ class HummingLayout:
         (out_features, in_features), fmt = shape, scheme.format
         if (misfit := group_misfit(scheme, shape)) is not None:
             return misfit
+        if fmt.block_rows > 1:
+            return f"{fmt} is written in compressed-tensors, where its engines look for it"
         if in_features * fmt.bits % 32:
             return (
                 f"humming stores rows in whole 32-bit words: {in_features} inputs of {fmt.bits} bits do not fill them"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from alphaquant.formats import Activation, round_inputs
+from alphaquant.formats import Inputs, round_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,64 +24,65 @@ __all__ = ["LayerWeights", "as_served", "expert_linear", "linear"]
 _GROUPED = (torch.bfloat16, torch.float16, torch.float32)
 _EXACT_ROWS, _ROWS = 256, 64  # so many numbers of rows are computed as they are; beyond, multiples
 
+_UNROUNDED = Inputs()
+
 LayerWeights = dict[str, Tensor]
 """A layer's weights by `Parameter.key`."""
 
 
 class _ServedWeights(dict[str, Tensor]):
-    """A layer's weights, and for each linear that rounds its inputs, by key, to what: an activation for each expert."""
+    """A layer's weights, and for each linear that rounds its inputs, by key, how: an entry for each expert."""
 
-    def __init__(self, weights: LayerWeights, inputs: Mapping[str, tuple[Activation, ...]]) -> None:
+    def __init__(self, weights: LayerWeights, inputs: Mapping[str, tuple[Inputs, ...]]) -> None:
         super().__init__(weights)
         self.inputs = inputs
 
 
 def as_served(weights: LayerWeights, spec: ModelSpec, layer: int, schemes: Mapping[str, Scheme | None]) -> LayerWeights:
     """The same tensors, of which linears round their inputs as their modules' schemes say; for any half-layer."""
-    inputs: dict[str, tuple[Activation, ...]] = {}
+    inputs: dict[str, tuple[Inputs, ...]] = {}
     for parameter in spec.parameters(layer):
         if parameter.source is None:
             continue
         found = (schemes.get(name) for name in spec.module_names(layer, parameter))
-        activations = tuple(Activation.BF16 if scheme is None else scheme.activation for scheme in found)
-        if any(activation is not Activation.BF16 for activation in activations):
-            inputs[parameter.key] = activations
+        own = tuple(_UNROUNDED if scheme is None else scheme.inputs for scheme in found)
+        if any(each != _UNROUNDED for each in own):
+            inputs[parameter.key] = own
     return _ServedWeights(weights, inputs) if inputs else weights
 
 
 def linear(x_RI: Tensor, weights: Mapping[str, Tensor], module: str) -> Tensor:
     """`x Wᵀ + b` of a module by its role, such as `self_attn.q_proj`."""
     key = f"{module}.weight"
-    activation = _inputs(weights, key)[0]
-    return _product(x_RI, weights[key], weights.get(f"{module}.bias"), activation)
+    return _product(x_RI, weights[key], weights.get(f"{module}.bias"), _inputs(weights, key)[0])
 
 
 def expert_linear(x_RI: Tensor, counts_E: Tensor, weights: Mapping[str, Tensor], module: str) -> Tensor:
     """`x Wᵀ` of stacked weights such as `mlp.experts.up_proj`, each row by its expert; rows are sorted by expert."""
     key = f"{module}.weight"
-    activations = _inputs(weights, key)
-    rounded = {activation for activation in activations if activation is not Activation.BF16}
+    inputs_E = _inputs(weights, key)
+    rounded = {inputs for inputs in inputs_E if inputs != _UNROUNDED}
     if not rounded:
         return _by_expert(x_RI, counts_E, weights[key])
     grid_RI, scale_R1 = x_RI, x_RI.new_ones(x_RI.shape[0], 1, dtype=torch.float32)
-    for activation in rounded:
-        is_E = torch.tensor([own is activation for own in activations], device=x_RI.device)
+    for inputs in rounded:
+        is_E = torch.tensor([own == inputs for own in inputs_E], device=x_RI.device)
         is_R1 = is_E.repeat_interleave(counts_E)[:, None]
-        values_RI, steps_R1 = round_inputs(x_RI, activation)
+        values_RI, steps_R1 = round_inputs(x_RI, *inputs)
         grid_RI, scale_R1 = torch.where(is_R1, values_RI, grid_RI), torch.where(is_R1, steps_R1, scale_R1)
     return (_by_expert(grid_RI, counts_E, weights[key]).float() * scale_R1).to(x_RI.dtype)
 
 
-def _inputs(weights: Mapping[str, Tensor], key: str) -> tuple[Activation, ...]:
-    unrounded = (Activation.BF16,)
+def _inputs(weights: Mapping[str, Tensor], key: str) -> tuple[Inputs, ...]:
+    unrounded = (_UNROUNDED,)
     return weights.inputs.get(key, unrounded) if isinstance(weights, _ServedWeights) else unrounded
 
 
-def _product(x_RI: Tensor, w_OI: Tensor, bias_O: Tensor | None, activation: Activation) -> Tensor:
-    if activation is Activation.BF16:
+def _product(x_RI: Tensor, w_OI: Tensor, bias_O: Tensor | None, inputs: Inputs) -> Tensor:
+    if inputs == _UNROUNDED:
         return F.linear(x_RI, w_OI, bias_O)
     # grid values are exact in any dtype, so nothing is lost before the product, as in an engine's kernel
-    grid_RI, scale_R1 = round_inputs(x_RI, activation)
+    grid_RI, scale_R1 = round_inputs(x_RI, *inputs)
     out_RO = (F.linear(grid_RI, w_OI).float() * scale_R1).to(x_RI.dtype)
     return out_RO if bias_O is None else out_RO + bias_O
 

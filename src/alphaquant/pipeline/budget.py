@@ -193,7 +193,7 @@ def _distinct_layers(
     for layer in range(spec.num_layers):
         parameters = spec.parameters(layer)
         choices = ([schemes.get(n) for n in spec.module_names(layer, p)] for p in parameters)
-        quantized = tuple(tuple(Counter(s.activation for s in some if s is not None).items()) for some in choices)
+        quantized = tuple(tuple(Counter(s.inputs for s in some if s is not None).items()) for some in choices)
         found.setdefault((parameters, quantized), (parameters, []))[1].append(layer)
     return list(found.values())
 
@@ -208,7 +208,7 @@ def _halves(
         found = [schemes.get(name) for name in spec.module_names(layer, parameter)]
         half = attention if parameter.source in ATTENTION_SOURCES else others
         for source, size in widths([parameter]).items():
-            half |= {Reading(source, scheme.activation): size for scheme in found if scheme is not None}
+            half |= {Reading(source, scheme.inputs): size for scheme in found if scheme is not None}
     return [attention, others]
 
 

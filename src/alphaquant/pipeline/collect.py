@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from alphaquant.formats import Activation, round_inputs
+from alphaquant.formats import Activation, Inputs, round_inputs
 from alphaquant.models import Source
 from alphaquant.pipeline.records import RoutingRecord
 from alphaquant.pipeline.stream import is_finite
@@ -44,10 +44,10 @@ _DEEPEST_FIRST = (
 
 
 class Reading(NamedTuple):
-    """Whose Hessian linears share: the source that they read, and what they round it to."""
+    """Whose Hessian linears share: the source that they read, and how they round it."""
 
     source: Source
-    activation: Activation = Activation.BF16
+    inputs: Inputs = Inputs()
 
 
 def widths(parameters: Iterable[Parameter]) -> dict[Source, tuple[int, int]]:
@@ -151,8 +151,8 @@ class Collector:
             counts = counts[experts.start : experts.stop]
             score_R = None if score_R is None else score_R[rows]
         x_RI, counts, score_R = self._numbers(reading, x_RI, counts, score_R)
-        if reading.activation is not Activation.BF16:
-            grid_RI, scale_R1 = round_inputs(x_RI, reading.activation)
+        if reading.inputs.activation is not Activation.BF16:
+            grid_RI, scale_R1 = round_inputs(x_RI, *reading.inputs)
             x_RI = (grid_RI * scale_R1).to(x_RI.dtype)
         self.hessians[reading].add(x_RI, counts, score_R)
 

@@ -59,7 +59,7 @@ class _Stack(NamedTuple):
     @property
     def reading(self) -> Reading:
         """Whose Hessian they share."""
-        return Reading(self.source, self.scheme.activation)
+        return Reading(self.source, self.scheme.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,11 +272,11 @@ class LayerQuantizer:
 
     def _rows_seen(self, collector: Collector) -> dict[Source, tuple[int, int]]:
         """Of each source the rows that are no numbers, and all, in the team's Hessians of one reading of it."""
-        own = [[reading.source.value, reading.activation.value, *seen] for reading, seen in collector.rows.items()]
+        own = [[reading.source.value, str(reading.inputs), *seen] for reading, seen in collector.rows.items()]
         sums: dict[tuple[str, str], tuple[int, int]] = {}
-        for source, activation, bad, total in chain.from_iterable(self.team.tell(own)):
-            before = sums.get((source, activation), (0, 0))
-            sums[source, activation] = before[0] + bad, before[1] + total
+        for source, inputs, bad, total in chain.from_iterable(self.team.tell(own)):
+            before = sums.get((source, inputs), (0, 0))
+            sums[source, inputs] = before[0] + bad, before[1] + total
         of_source = {source: [seen for (name, _), seen in sums.items() if name == source.value] for source in Source}
         return {source: max(seen) for source, seen in of_source.items() if seen}
 
@@ -333,17 +333,21 @@ class LayerQuantizer:
         return [parameter.role] if layer is None else self.spec.module_names(layer, parameter)
 
     def _stacks(self, layer: int | None, parameters: Sequence[Parameter]) -> list[_Stack]:
-        """Group what can be solved in one call: first rows that share source, expert and scheme, then experts."""
-        rows: dict[tuple[Source, int, Scheme], list[Parameter]] = {}
+        """Group what can be solved in one call: first rows that share source, expert and scheme, then experts.
+
+        Matrices that are no whole number of blocks tall stay alone: no block reaches from one into the next.
+        """
+        rows: dict[tuple[Source, int, Scheme, str], list[Parameter]] = {}
         for parameter in parameters:
             if parameter.source is None:
                 continue
             for expert, name in enumerate(self._names(layer, parameter)):
                 scheme = self.schemes[name]
                 if scheme is not None:
-                    rows.setdefault((parameter.source, expert, scheme), []).append(parameter)
+                    alone = parameter.key if parameter.shape[0] % scheme.format.block_rows else ""
+                    rows.setdefault((parameter.source, expert, scheme, alone), []).append(parameter)
         stacks: dict[tuple[Source, Scheme, tuple[Parameter, ...]], list[int]] = {}
-        for (source, expert, scheme), members in rows.items():
+        for (source, expert, scheme, _), members in rows.items():
             stacks.setdefault((source, scheme, tuple(members)), []).append(expert)
         return [_Stack(source, scheme, members, tuple(e)) for (source, scheme, members), e in stacks.items()]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alphaquant.formats import QuantizedTensor, encode, quantize_values
+from alphaquant.formats import QuantizedTensor, encode, pool_rows, quantize_values
 from alphaquant.solver.backend import Backend, kernels_for
 
 if TYPE_CHECKING:
@@ -39,8 +39,9 @@ class Solution:
 
 
 def better_rows(old: Solution, new: Solution) -> Solution:
-    """Row by row the solution of lower loss; both must have the same scheme."""
-    better = new.loss_EO < old.loss_EO
+    """Row by row the solution of lower loss, or block by block of rows; both must have the same scheme."""
+    scheme = new.quantized.scheme
+    better = (pool_rows(new.loss_EO[..., None], scheme) < pool_rows(old.loss_EO[..., None], scheme))[..., 0]
     rows = better[..., None]
     zero = None
     if old.quantized.zero is not None and new.quantized.zero is not None:

@@ -18,7 +18,7 @@ from alphaquant.solver.factor import Factor, damp, factorize, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.refine import refine, refit_scales
 from alphaquant.solver.rtn import round_to_nearest
-from alphaquant.solver.scales import Scales, absmax_scales, search_scales
+from alphaquant.solver.scales import Scales, absmax_scales, search_scales, whole_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -222,7 +222,7 @@ def _quantize_part(
     # a matrix has one scale of its own in NVFP4, whichever rows are solved together
     global_scale_E = matrix_scale(w_EOI) if scheme.format.scale is ScaleKind.E4M3 else None
     parts = []
-    for w_part in w_EOI.split(max(1, workspace // (num_experts * in_features)), 1):
+    for w_part in w_EOI.split(whole_blocks(workspace // (num_experts * in_features), scheme), 1):
         w_part_EOI = w_part.float()
         solution = _solve_rows(w_part_EOI, damped_EII, factor, scheme, recipe, global_scale_E)
         moved_EOI = w_part_EOI if damped_EII is None else rough_product(w_part_EOI, damped_EII)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alphaquant.formats import ScaleKind, decode, round_scale
+from alphaquant.formats import ScaleKind, decode, pool_rows, round_scale
 from alphaquant.solver.backend import Backend, kernels_for
 from alphaquant.solver.gptq import Columns, Solution, encode_grouped
 from alphaquant.solver.scales import Scales
@@ -124,23 +124,32 @@ class _State:
         self.gradient_EIO[:, start:].baddbmm_(self.h_EII[:, start:, cut], moved_EBO)
 
     def refit(self, cut: slice, local_EBO: Tensor, moved_EBO: Tensor) -> Tensor:
-        """The group's best scale, and what it changes the loss by; `local` is the group's gradient, kept up to date."""
+        """The group's best scale, and what it changes the loss by; `local` is the group's gradient, kept up to date.
+
+        Rows that share a scale share the sums that decide about it: their losses add up.
+        """
         group = cut.start // (cut.stop - cut.start)
         old_EO, value_EBO = self.scale_EGO[:, group], self.value_EIO[:, cut]
         curved_EBO = torch.bmm(self.h_EII[:, cut, cut], value_EBO)
         slope_EO, curve_EO = (value_EBO * local_EBO).sum(1), (value_EBO * curved_EBO).sum(1)
-        wanted_EO = old_EO + torch.where(curve_EO > 0, slope_EO / curve_EO, 0.0)
+        all_curve_EO = self.pooled(curve_EO)
+        wanted_EO = old_EO + torch.where(all_curve_EO > 0, self.pooled(slope_EO) / all_curve_EO, 0.0)
         # a fit to a few codes may ask for a sign change or a blow-up: the codes would no longer be the nearest ones
         wanted_EO = torch.where((wanted_EO / old_EO - 1).abs() < 0.5, wanted_EO, old_EO)
         new_EO = round_scale(wanted_EO, self.start.scheme)
         less_EO = old_EO - new_EO
         change_EO = less_EO * (2 * slope_EO + less_EO * curve_EO)
-        new_EO, less_EO = torch.where(change_EO < 0, new_EO, old_EO), torch.where(change_EO < 0, less_EO, 0.0)
+        is_better_EO = self.pooled(change_EO) < 0
+        new_EO, less_EO = torch.where(is_better_EO, new_EO, old_EO), torch.where(is_better_EO, less_EO, 0.0)
         moved_EBO.addcmul_(value_EBO, less_EO[:, None])
         local_EBO.addcmul_(curved_EBO, less_EO[:, None])
         self.scale_EGO[:, group], self.columns.step_EIO[:, cut] = new_EO, new_EO[:, None]
         torch.mul(value_EBO, new_EO[:, None], out=self.q_EIO[:, cut])
-        return change_EO.clamp_max(0)
+        return torch.where(is_better_EO, change_EO, 0.0)
+
+    def pooled(self, x_EO: Tensor) -> Tensor:
+        """Sums over the rows that share scales, in each of their places."""
+        return pool_rows(x_EO[..., None], self.start.scheme)[..., 0]
 
     def descend(self, cut: slice, local_EBO: Tensor, moved_EBO: Tensor, kernels: ModuleType | None) -> Tensor:
         """Every code of the columns in turn becomes the best one given all others; what that changes the loss by.

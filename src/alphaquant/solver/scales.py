@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alphaquant.formats import ElementKind, ScaleKind, initial_scale, quantize_values, round_scale
+from alphaquant.formats import ElementKind, ScaleKind, initial_scale, pool_rows, quantize_values, round_scale
 from alphaquant.solver.backend import Backend, kernels_for
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from alphaquant.formats import Format, Scheme
 
-__all__ = ["Scales", "absmax_scales", "search_scales"]
+__all__ = ["Scales", "absmax_scales", "search_scales", "whole_blocks"]
 
 _CHUNK_WEIGHTS = 1 << 18  # weights searched at a time: the working set stays in a core's cache
 
@@ -53,7 +53,7 @@ def search_scales(
     global_scale_E: Tensor | None = None,
     backend: Backend = Backend.AUTO,
 ) -> Scales:
-    """For each group the scale of least rounding error among shrunken and stretched copies of the absmax scale.
+    """For each group (or block) the scale of least rounding error among shrunken and stretched absmax scales.
 
     Args:
         w_EOI: weights, not changed.
@@ -66,7 +66,7 @@ def search_scales(
     start = absmax_scales(w_EOI, scheme, global_scale_E)
     num_groups = start.scale.shape[-1]
     scale, zero = start.scale.clone(), None if start.zero is None else start.zero.clone()
-    rows = max(1, _CHUNK_WEIGHTS // w_EOI.shape[2])
+    rows = whole_blocks(_CHUNK_WEIGHTS // w_EOI.shape[2], scheme)
     for expert in range(w_EOI.shape[0]):
         importance_GN = None if importance_EI is None else importance_EI[expert].float().view(num_groups, -1)
         for begin in range(0, w_EOI.shape[1], rows):
@@ -84,6 +84,12 @@ def search_scales(
     return Scales(scale, zero, start.global_scale)
 
 
+def whole_blocks(rows: int, scheme: Scheme) -> int:
+    """The rows to take at a time where there is room for so many: whole blocks of those that share scales."""
+    block = scheme.format.block_rows
+    return max(block, rows // block * block)
+
+
 def _search(w_OGN: Tensor, start: Scales, scheme: Scheme, importance_GN: Tensor | None, backend: Backend) -> Scales:
     errors_of = getattr(kernels_for(w_OGN, backend), "rounding_errors", _rounding_errors)
     factor_of, best_error_OG = torch.ones_like(start.scale), torch.full_like(start.scale, torch.inf)
@@ -92,7 +98,7 @@ def _search(w_OGN: Tensor, start: Scales, scheme: Scheme, importance_GN: Tensor 
     def attempt(factor: float | Tensor, scale: Tensor, zero: Tensor | None) -> None:
         nonlocal factor_of, best_error_OG, best_scale, best_zero
         step = scale if start.global_scale is None else scale / start.global_scale
-        error_OG = errors_of(w_OGN, step, zero, importance_GN, scheme.format)
+        error_OG = pool_rows(errors_of(w_OGN, step, zero, importance_GN, scheme.format), scheme)
         better = error_OG < best_error_OG
         best_error_OG = torch.where(better, error_OG, best_error_OG)
         best_scale = torch.where(better, scale, best_scale)
