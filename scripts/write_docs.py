@@ -82,7 +82,7 @@ def formats() -> str:
                 f"`{fmt}`",
                 _element(fmt),
                 f"{fmt.max_value:g}",
-                f"{_SCALES[fmt.scale]}, a group" + ("" if fmt.native_group is None else f" of {fmt.native_group}"),
+                f"{_SCALES[fmt.scale]}, {_shared(fmt)}",
                 f"{scheme.bits_per_weight(*_SHAPE):.3f}",
                 f"{100 * _gaussian_error(scheme):.2g}%",
                 ", ".join(held for name in LAYOUTS if (held := _holding(name, scheme)) is not None),
@@ -95,6 +95,13 @@ def _element(fmt: Format) -> str:
     if fmt.kind is ElementKind.INT:
         return f"{fmt.bits}-bit integer"
     return f"E{fmt.exponent_bits}M{fmt.mantissa_bits}, {fmt.bits} bits"
+
+
+def _shared(fmt: Format) -> str:
+    """What shares a scale."""
+    if fmt.block_rows > 1:
+        return f"a block of {fmt.block_rows} × {fmt.native_group}"
+    return "a group" + ("" if fmt.native_group is None else f" of {fmt.native_group}")
 
 
 def _holding(layout: str, scheme: Scheme) -> str | None:

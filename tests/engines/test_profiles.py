@@ -135,6 +135,46 @@ def test_rounded_inputs_go_with_one_scale_a_row(name):
     assert "fails on" not in rules(ANY, rule)[0].rule
 
 
+IN_BLOCKS = {"pattern": "*", "wq": "fp8_block", "aq": "fp8"}
+WIDE = {"hidden_size": 2048, "intermediate_size": 1408, "num_attention_heads": 16, "num_key_value_heads": 16}
+
+
+def test_fp8_in_blocks_is_served_by_vllm_from_compressed_tensors():
+    schemes, modules, _ = resolved(IN_BLOCKS, **WIDE)
+    assert VLLM.best_layout(schemes, modules) == "compressed-tensors"
+    assert VLLM.violations(schemes, modules) == VLLM.violations(schemes, modules, gpu=90) == []
+    assert all("8.9" in found.rule for found in VLLM.violations(schemes, modules, gpu=80))
+    for found in VLLM.violations(schemes, modules, layout="humming"):
+        assert found.remedy == "write it with --format compressed-tensors"
+    assert all("does not load fp8_block" in found.rule for found in TRANSFORMERS.violations(schemes, modules))
+    (experts,) = rules(VLLM, IN_BLOCKS | {"aq": "bf16"}, layout="compressed-tensors", **WIDE)
+    assert experts.remedy == 'give it "aq": "fp8"'
+    (head,) = rules(VLLM, IN_BLOCKS, {"pattern": "lm_head", "wq": "fp8_block", "aq": "bf16"}, **WIDE)
+    assert (head.module, "linears of layers" in head.rule) == ("lm_head", True)
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "tp", "refused"),
+    [
+        ("llama", {}, 1, []),
+        ("llama", {"num_key_value_heads": 8}, 1, []),
+        # values come last of what is loaded as one, and may end within a block; nothing may begin there
+        ("llama", {"num_key_value_heads": 1, "head_dim": 64}, 1, ["k_proj"]),
+        ("llama", {"intermediate_size": 1344}, 1, ["gate_proj"]),
+        ("llama", {}, 2, ["gate_proj", "up_proj", "down_proj"]),
+        ("llama", {"intermediate_size": 1536}, 4, []),
+        ("olmoe", {}, 2, ["gate_proj", "up_proj", "down_proj"]),
+        ("olmoe", {"intermediate_size": 1536}, 4, []),
+    ],
+)
+def test_blocks_begin_with_each_matrix_that_is_loaded(family, changed, tp, refused):
+    down = {"pattern": "*.down_proj", "skip": True} if changed.get("intermediate_size") == 1344 else IN_BLOCKS
+    schemes, modules, _ = resolved(IN_BLOCKS, down, family=family, **(WIDE | changed))
+    found = VLLM.violations(schemes, modules, tp=tp, layout="compressed-tensors")
+    assert {name.rpartition(".")[2] for v in found for name in v.names} == set(refused)
+    assert all("128" in v.rule for v in found)
+
+
 def test_each_format_goes_where_it_is_read():
     schemes, modules, _ = resolved({"pattern": "*.mlp.experts.*", "wq": "fp6", "group_size": 64})
     assert VLLM.best_layout(schemes, modules) == "humming"

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.calibration import evaluation_windows, load_tokenizer
-from alphaquant.formats import Activation, round_inputs
+from alphaquant.formats import Activation, Inputs, round_inputs
 from alphaquant.layouts import QuantizedCheckpoint
 from alphaquant.models import Source, attention_half, mlp_half, rope_for
 from alphaquant.pipeline import evaluate_checkpoint, export_checkpoint, load
@@ -101,15 +101,15 @@ def test_the_quantized_stream_is_what_will_be_served(run, olmoe, monkeypatch):
 
 def test_hessians_are_of_rounded_inputs(olmoe):
     spec = original(olmoe).spec
-    keys = [Reading(Source.ATTENTION_IN, activation) for activation in Activation]
+    keys = [Reading(Source.ATTENTION_IN, Inputs(activation)) for activation in Activation]
     collector = Collector(spec.parameters(0), dict.fromkeys(keys, range(1)), 1.0)
     x = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(3)) * torch.logspace(-1, 1, 64)
     collector(Source.ATTENTION_IN, x)
     found = {}
     for key in keys:
         rows = x.flatten(0, 1)
-        if key[1] is not Activation.BF16:
-            values, scale = round_inputs(rows, key[1])
+        if key.inputs.activation is not Activation.BF16:
+            values, scale = round_inputs(rows, *key.inputs)
             rows = values * scale
         found[key] = collector.hessians[key].normalized([0])[0]
         torch.testing.assert_close(found[key], rows.T @ rows / 100, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alphaquant.errors import CheckpointError
-from alphaquant.formats import Activation
+from alphaquant.formats import Activation, Inputs
 from alphaquant.models import Source, read_layer
 from alphaquant.pipeline import collect, prepare
 from alphaquant.pipeline.collect import Reading, collection_passes
@@ -100,7 +100,7 @@ def test_every_expert_is_collected_once(hessian_bytes):
         Reading(Source.EXPERT_IN): (7, 64),
         Reading(Source.EXPERT_HIDDEN): (7, 96),
     }
-    wanted |= {Reading(Source.EXPERT_HIDDEN, Activation.FP8): (7, 96)}
+    wanted |= {Reading(Source.EXPERT_HIDDEN, Inputs(Activation.FP8)): (7, 96)}
     found: dict[Reading, list[int]] = {source: [] for source in wanted}
     for one in collection_passes(wanted, hessian_bytes):
         taken = 0

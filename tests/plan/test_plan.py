@@ -417,6 +417,8 @@ WRONG = [
     ('{"default": {"group_size": 0}}', "group_size is 0", "default.group_size", "-1 for one scale a row"),
     ('{"default": {"group_size": -2}}', "group_size is -2", "default.group_size", "-1 for one scale a row"),
     ('{"default": {"group_size": "128"}}', 'group_size is "128"', "default.group_size", "positive integer"),
+    ('{"default": {"wq": "fp8", "group_size": [128, 128]}}', "[128, 128]", "default.group_size", '"fp8_block"'),
+    ('{"default": {"wq": "fp8_block", "group_size": 64}}', "64 with wq", "default", "omit group_size"),
     ('{"default": {"group_size": true}}', "group_size is true", "default.group_size", "positive integer"),
     ('{"default": {"group_size": 64.0}}', "group_size is 64.0", "default.group_size", "positive integer"),
     ('{"default": {"group_size": NaN}}', "group_size is NaN", "default.group_size", "positive integer"),

@@ -45,7 +45,7 @@ def grid(fmt: Format) -> Tensor:
 
 def _element(fmt: Format) -> str:
     """The name of the element: `mxfp4` and `nvfp4` are made of `fp4`."""
-    return fmt.name.removeprefix("mx").removeprefix("nv")
+    return fmt.name.removeprefix("mx").removeprefix("nv").removesuffix("_block")
 
 
 def nearest(x: Tensor, values: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def plain_rounding(matrix: Matrix) -> Tensor:
 
 
 def refine(matrix: Matrix, values: Tensor, h: Tensor, sweeps: int, *, codes: bool = True) -> tuple[Matrix, Tensor]:
-    """Group by group and row by row: the scale of least loss, in its storage type, then every code (CDQuant)."""
+    """Group by group, and row by row or block by block: the stored scale of least loss, then every code (CDQuant)."""
     size = h.shape[0]
     width = size if matrix.scheme.group_size == -1 else matrix.scheme.group_size
     matrix, values = replace(matrix, step=matrix.step.clone()), values.clone()
@@ -165,8 +165,9 @@ def refine(matrix: Matrix, values: Tensor, h: Tensor, sweeps: int, *, codes: boo
         for start in range(0, size, width):
             group = slice(start, start + width)
             if matrix.scheme.format.scale is ScaleKind.MODEL:
-                for row in range(values.shape[0]):
-                    _refit(matrix, values, h, row, group)
+                block = matrix.scheme.format.block_rows
+                for row in range(0, values.shape[0], block):
+                    _refit(matrix, values, h, slice(row, row + block), group)
             for j in range(start, start + width) if codes else ():
                 q = values * matrix.step
                 pull = (matrix.w - q) @ h[:, j]
@@ -174,20 +175,19 @@ def refine(matrix: Matrix, values: Tensor, h: Tensor, sweeps: int, *, codes: boo
     return matrix, values
 
 
-def _refit(matrix: Matrix, values: Tensor, h: Tensor, row: int, group: slice) -> None:
-    c = torch.zeros(h.shape[0], dtype=torch.float64)
-    c[group] = values[row, group]
-    error = matrix.w[row] - values[row] * matrix.step[row]
-    old, curve = float(matrix.step[row, group.start]), float(c @ h @ c)
+def _refit(matrix: Matrix, values: Tensor, h: Tensor, rows: slice, group: slice) -> None:
+    c = torch.zeros_like(values[rows])
+    c[:, group] = values[rows, group]
+    error = matrix.w[rows] - values[rows] * matrix.step[rows]
+    old, curve = float(matrix.step[rows.start, group.start]), float(loss(c, h).sum())
     if curve <= 0:
         return
-    best = float(c @ h @ (error + c * old)) / curve
+    best = sum(float(c_row @ h @ (error_row + c_row * old)) for c_row, error_row in zip(c, error, strict=True)) / curve
     if abs(best / old - 1) >= 0.5:
         return
     new = torch.tensor(best).to(matrix.scheme.scale_dtype).double()
-    moved = error + c * (old - new)
-    if moved @ h @ moved < error @ h @ error:
-        matrix.step[row, group] = new
+    if loss(error + c * (old - new), h).sum() < loss(error, h).sum():
+        matrix.step[rows, group] = new
 
 
 def all_schemes(*groups: int) -> list[Scheme]:
