@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import alphaquant
 from alphaquant.calibration import load_tokenizer
+from alphaquant.formats import Activation, round_inputs
 from alphaquant.pipeline import export_checkpoint
 from alphaquant.verification import random_prompts
 from alphaquant.verification.engine import ask, likenesses
@@ -150,6 +152,17 @@ def test_blocks_of_fp8_say_what_their_dense_export_says(in_blocks, name):
         assert (found.agreement > 0.95, found.mean_difference < 0.04) == (True, True), found
     else:
         assert (found.same_tokens, found.mean_difference < 0.01) == (1.0, True), found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_of_blocks_are_rounded_as_by_vllm(vllm, tmp_path, dtype):
+    """Its own quantizer of inputs in groups gives ours, bit for bit; the kernels that use it run on GPUs."""
+    x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(0)) * torch.logspace(-1, 1, 1024)
+    save_file({"x": x.to(dtype)}, tmp_path / "x.safetensors")
+    probe = Path(__file__).with_name("group_inputs_probe.py")
+    subprocess.run([vllm, str(probe), str(tmp_path / "x.safetensors")], check=True, capture_output=True)
+    theirs = load_file(tmp_path / "x.safetensors")["x"]
+    assert theirs.equal(round_inputs(x.to(dtype), Activation.FP8, 128)[0])
 
 
 # --- Layers of several kinds, in a model that has been trained: its routers and its next tokens are decided -----------
