@@ -39,11 +39,12 @@ USUAL = SPENDING[Effort.DEFAULT]
 
 @dataclass(frozen=True)
 class Variant:
-    """What a row changes of the defaults: settings of the method, what an effort spends, the calibration."""
+    """What a row changes of the defaults: settings of the method, what an effort spends, calibration, coordinates."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     spending: Spending = USUAL
     calibration: dict[str, Any] = field(default_factory=dict)
+    rotate: str = "none"
 
 
 VARIANTS = {
@@ -54,10 +55,13 @@ VARIANTS = {
     "plain GPTQ": Variant(spending=Spending()),
     "natural order": Variant({"act_order": False}),
     "damping .01 for all": Variant({"damping_evidence": 0.0}),
-    "no shrinkage": Variant({"shrinkage": 0.0}),
+    "shrinkage I/16": Variant({"shrinkage": 1 / 16}),
     "routing weight 0": Variant({"routing_power": 0.0}),
     "routing weight 2": Variant({"routing_power": 2.0}),
     "balanced windows": Variant(calibration={"balance": True}),
+    "--repair-router": Variant({"repair_router": True}),
+    "--rotate hadamard": Variant(rotate="hadamard"),
+    "--rotate block": Variant(rotate="block"),
     "--effort best": Variant({"effort": "best"}),
     "--effort fast": Variant({"effort": "fast"}),
 }
@@ -75,6 +79,7 @@ def measured(args: argparse.Namespace, variant: Variant, ids_NL: Tensor, origina
             args.scheme,
             gptq_config=alphaquant.GPTQConfig(**variant.settings),
             calibration=replace(calibration, **variant.calibration),
+            rotate=variant.rotate,
         )
         seconds = time.process_time() - begin
         model = alphaquant.load(f"{folder}/out")
