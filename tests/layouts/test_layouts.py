@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from alphaquant.errors import CheckpointError, PlanError
 from alphaquant.formats import ScaleKind, dequantize, quantize
-from alphaquant.layouts import LAYOUTS, DenseLayout, choose_layout
+from alphaquant.layouts import LAYOUTS, DenseLayout, choose_layout, dense
 from alphaquant.layouts.stored import exponent_scale, scale_exponent
 
 from .samples import DTYPES, POWERS, all_schemes, assert_same, random_quantized, scheme
@@ -183,7 +183,9 @@ def test_float32_reciprocals_would_lose_global_scales():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", ["int3", "mxfp6_e3m2", "nvfp4"])
-def test_dense_is_the_dequantized_weight(name, dtype):
+@pytest.mark.parametrize("at_once", [32, 192, 1 << 20])
+def test_dense_is_the_dequantized_weight(name, dtype, at_once, monkeypatch):
+    monkeypatch.setattr(dense, "_AT_ONCE", at_once)
     q = quantize(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), scheme(name))
     stored = DenseLayout(dtype).tensors("m.up_proj", q)
     assert list(stored) == list(DenseLayout(dtype).tensor_names("m.up_proj", q.scheme)) == ["m.up_proj.weight"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from alphaquant.plan import ModuleKind
 
 __all__ = ["DenseLayout"]
+
+_AT_ONCE = 1 << 20  # weights
 
 
 class DenseLayout:
@@ -48,7 +51,13 @@ class DenseLayout:
             PlanError: the scheme does not fit the weight.
         """
         require(self.unsupported(q.scheme, (q.codes.shape[-2], q.codes.shape[-1])), module, self.name)
-        return finished({"weight": dequantize(q, self.dtype)}, module)
+        weight_OI = torch.empty(q.codes.shape, dtype=self.dtype, device=q.codes.device)
+        rows = max(1, _AT_ONCE // weight_OI.shape[-1])
+        for start in range(0, len(weight_OI), rows):  # no fp32 copy of a large matrix beside it
+            some = slice(start, start + rows)
+            zero = None if q.zero is None else q.zero[some]
+            weight_OI[some] = dequantize(replace(q, codes=q.codes[some], scale=q.scale[some], zero=zero), self.dtype)
+        return finished({"weight": weight_OI}, module)
 
     def read(
         self,
