@@ -13,7 +13,7 @@ from alphaquant.formats import Activation, Inputs
 from alphaquant.models import Source, read_layer
 from alphaquant.pipeline import collect, prepare
 from alphaquant.pipeline.collect import Reading, collection_passes
-from alphaquant.pipeline.layer import LayerQuantizer, Limits, QuantizedLayer
+from alphaquant.pipeline.layer import LayerQuantizer, Limits
 from alphaquant.pipeline.walk import _ahead
 from alphaquant.solver import HessianSum, Recipe
 from models.families import zoo
@@ -22,6 +22,8 @@ from . import tiny
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from alphaquant.pipeline.solving import QuantizedLayer
 
 PLAN = {
     "default": {"wq": "int3", "group_size": 32},

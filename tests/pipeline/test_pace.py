@@ -7,9 +7,9 @@ import torch
 
 from alphaquant.errors import AlphaQuantError
 from alphaquant.models import mlp_half
-from alphaquant.pipeline import layer as layer_module
 from alphaquant.pipeline import stream
 from alphaquant.pipeline.pace import Pace
+from alphaquant.pipeline.solving import LayerSolver
 from alphaquant.solver import Recipe
 
 from . import tiny
@@ -87,7 +87,7 @@ def test_memory_that_runs_out_while_solving_is_an_error(olmoe, text, tmp_path, m
     def solve(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(layer_module.LayerQuantizer, "_solve_part", solve)
+    monkeypatch.setattr(LayerSolver, "_solve_part", solve)
     with pytest.raises(AlphaQuantError, match="the device's memory ran out") as caught:
         tiny.quantize(olmoe, tmp_path / "out", SCHEME, text)
     assert caught.value.where == "layer 0"

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from alphaquant.calibration import TokenBatch
     from alphaquant.layouts import Layout
     from alphaquant.pipeline.distributed import Team
-    from alphaquant.pipeline.layer import LayerQuantizer, QuantizedLayer
+    from alphaquant.pipeline.layer import LayerQuantizer
     from alphaquant.pipeline.log import Log
     from alphaquant.pipeline.run import Prepared
     from alphaquant.pipeline.rundir import RunDir
+    from alphaquant.pipeline.solving import QuantizedLayer
     from alphaquant.pipeline.stream import Progress, Stream
     from alphaquant.solver import Recipe
 

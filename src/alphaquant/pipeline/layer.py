@@ -8,12 +8,10 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
-from alphaquant.errors import NumericsError
-from alphaquant.formats import QuantizedTensor, dequantize
 from alphaquant.models import MoESpec, Source, as_served, head_input
 from alphaquant.pipeline.collect import Collector, Reading, Shown, collection_passes, widths
 from alphaquant.pipeline.distributed import SOLO, Team
@@ -21,8 +19,9 @@ from alphaquant.pipeline.pace import Pace, fits
 from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RepairRecord, RoutingRecord
 from alphaquant.pipeline.repair import ROUTER, refit_router
 from alphaquant.pipeline.samples import MOST, Samples, culprit, rows_left_out
+from alphaquant.pipeline.solving import LayerSolver, QuantizedLayer
 from alphaquant.pipeline.stream import Clock, attend, feed, silent
-from alphaquant.solver import WORKSPACE_WEIGHTS, Evidence, HessianSum, Method, experts_a_part, quantize_stack
+from alphaquant.solver import WORKSPACE_WEIGHTS, HessianSum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,36 +29,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alphaquant.formats import Scheme
-    from alphaquant.models import LayerWeights, ModelSpec, Parameter, Routing
+    from alphaquant.models import LayerWeights, ModelSpec, Routing
+    from alphaquant.pipeline.solving import Stack
     from alphaquant.pipeline.stream import Progress, Stream
-    from alphaquant.solver import Outcome, Recipe
+    from alphaquant.solver import Recipe
 
-__all__ = ["ATTENTION_SOURCES", "LayerQuantizer", "Limits", "QuantizedLayer"]
+__all__ = ["ATTENTION_SOURCES", "LayerQuantizer", "Limits"]
 
 ATTENTION_SOURCES = (Source.ATTENTION_IN, Source.QUERY_LATENT, Source.KV_LATENT, Source.ATTENTION_OUT)
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedLayer:
-    """Codes of a layer's quantized modules by checkpoint name, the record of it, and tensors that were refitted."""
-
-    quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
-    record: LayerRecord = field(default_factory=lambda: LayerRecord(None))
-    refitted: dict[str, Tensor] = field(default_factory=dict)
-
-
-class _Stack(NamedTuple):
-    """Matrices that one call solves: some experts of linears that read one source and share a scheme."""
-
-    source: Source
-    scheme: Scheme
-    parameters: tuple[Parameter, ...]
-    experts: tuple[int, ...]
-
-    @property
-    def reading(self) -> Reading:
-        """Whose Hessian they share."""
-        return Reading(self.source, self.scheme.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +83,11 @@ class LayerQuantizer:
     pace: Pace = field(default_factory=Pace)
 
     @property
+    def solver(self) -> LayerSolver:
+        """What solves its linears."""
+        return LayerSolver(self.spec, self.schemes, self.recipe, self.limits.workspace_weights)
+
+    @property
     def repairs_routers(self) -> bool:
         """Whether routers are refitted, for which the original model's stream is needed beside the quantized one's."""
         return self.recipe.repair_router and self.spec.has_experts
@@ -128,7 +110,7 @@ class LayerQuantizer:
         repair: RepairRecord | None = None
         for half, where in ((attend, "attention"), (feed, "feed-forward")):
             in_half = [p for p in parameters if (p.source in ATTENTION_SOURCES) == (half is attend)]
-            stacks = self._stacks(layer, in_half)
+            stacks = self.solver.stacks(layer, in_half)
             shares = self._shares(stacks)
             if original_NLD is not None and x_NLD is not None:
                 self._tell("repair", layer, x_NLD)
@@ -165,7 +147,8 @@ class LayerQuantizer:
                 with self.clock("solve"):
                     for reading, some in own.items():
                         hessian = collector.hessians.pop(reading, None)
-                        self._solve(layer, weights, [s for s in stacks if s.reading == reading], some, hessian, result)
+                        same = [stack for stack in stacks if stack.reading == reading]
+                        self.solver.solve(layer, weights, same, some, hessian, result)
                 routing = collector.routing() or routing
             self._share(weights, stacks, {reading: ranks for reading, (ranks, _) in shares.items()})
             if x_NLD is not None:
@@ -173,7 +156,7 @@ class LayerQuantizer:
                 with self.clock("propagate"):
                     notes += self._propagate(half, layer, served, x_NLD, f"layer {layer}, {where}")
         records = {module.name: module for module in self._together(result.record)}
-        names = (name for parameter in parameters for name in self._names(layer, parameter))
+        names = (name for parameter in parameters for name in self.solver.names(layer, parameter))
         modules = [records[name] for name in names if name in records]
         record = LayerRecord(layer, modules, routing, notes, repair)
         return QuantizedLayer(result.quantized, record, result.refitted)
@@ -186,9 +169,7 @@ class LayerQuantizer:
         scheme = self.schemes[parameter.role]
         if scheme is not None:
             with self.clock("solve"):
-                outcome = quantize_stack(outer[parameter.key][None], None, None, scheme, self.recipe)
-            self._note(result, parameter, parameter.role, outcome, None, slice(0, parameter.shape[0]), 0)
-            outer[parameter.key] = dequantize(outcome.quantized, outer[parameter.key].dtype)[0]
+                self.solver.round(outer, parameter, scheme, result)
         return result
 
     @torch.no_grad()
@@ -209,10 +190,11 @@ class LayerQuantizer:
                     for rows, _ in [(x_TD, None)] if self.team.size == 1 else self.team.exchange(x_TD, None, 1, takes):
                         hessian.add(rows)
         with self.clock("solve"):
-            self._solve(None, outer, self._stacks(None, [parameter]), takes[self.team.rank], hessian, result)
+            stacks = self.solver.stacks(None, [parameter])
+            self.solver.solve(None, outer, stacks, takes[self.team.rank], hessian, result)
         return result
 
-    def _shares(self, stacks: Sequence[_Stack]) -> dict[Reading, tuple[list[range], int]]:
+    def _shares(self, stacks: Sequence[Stack]) -> dict[Reading, tuple[list[range], int]]:
         """Of each reading the experts that each process sums Hessians of and solves, and its inputs."""
         costs: dict[Reading, list[float]] = {}
         sizes = {stack.reading: widths(stack.parameters)[stack.source] for stack in stacks}
@@ -280,7 +262,7 @@ class LayerQuantizer:
         of_source = {source: [seen for (name, _), seen in sums.items() if name == source.value] for source in Source}
         return {source: max(seen) for source, seen in of_source.items() if seen}
 
-    def _share(self, weights: LayerWeights, stacks: Sequence[_Stack], shares: Mapping[Reading, list[range]]) -> None:
+    def _share(self, weights: LayerWeights, stacks: Sequence[Stack], shares: Mapping[Reading, list[range]]) -> None:
         """Give everyone the de-quantized weights of each process."""
         if self.team.size == 1:
             return
@@ -328,128 +310,3 @@ class LayerQuantizer:
     def _tell(self, phase: str, layer: int, x_NLD: Stream | None = None) -> None:
         tokens = 0 if x_NLD is None else x_NLD.shape[0] * x_NLD.shape[1]
         self.progress(phase, layer, self.spec.num_layers, tokens)
-
-    def _names(self, layer: int | None, parameter: Parameter) -> list[str]:
-        return [parameter.role] if layer is None else self.spec.module_names(layer, parameter)
-
-    def _stacks(self, layer: int | None, parameters: Sequence[Parameter]) -> list[_Stack]:
-        """Group what can be solved in one call: first rows that share source, expert and scheme, then experts.
-
-        Matrices that are no whole number of blocks tall stay alone: no block reaches from one into the next.
-        """
-        rows: dict[tuple[Source, int, Scheme, str], list[Parameter]] = {}
-        for parameter in parameters:
-            if parameter.source is None:
-                continue
-            for expert, name in enumerate(self._names(layer, parameter)):
-                scheme = self.schemes[name]
-                if scheme is not None:
-                    alone = parameter.key if parameter.shape[0] % scheme.format.block_rows else ""
-                    rows.setdefault((parameter.source, expert, scheme, alone), []).append(parameter)
-        stacks: dict[tuple[Source, Scheme, tuple[Parameter, ...]], list[int]] = {}
-        for (source, expert, scheme, _), members in rows.items():
-            stacks.setdefault((source, scheme, tuple(members)), []).append(expert)
-        return [_Stack(source, scheme, members, tuple(e)) for (source, scheme, members), e in stacks.items()]
-
-    def _solve(
-        self,
-        layer: int | None,
-        weights: LayerWeights,
-        stacks: Sequence[_Stack],
-        collected: range,
-        hessian: HessianSum | None,
-        result: QuantizedLayer,
-    ) -> None:
-        """Solve the `collected` experts of all stacks that read one source alike, part by part.
-
-        Their de-quantized weights are put in place.
-        """
-        for stack in stacks:
-            experts = [expert for expert in stack.experts if expert in collected]
-            rows = sum(parameter.shape[0] for parameter in stack.parameters)
-            at_once = experts_a_part(rows, stack.parameters[0].shape[1], self.limits.workspace_weights)
-            for start in range(0, len(experts), at_once):
-                self._solve_part(layer, weights, stack, experts[start : start + at_once], collected, hessian, result)
-
-    def _solve_part(
-        self,
-        layer: int | None,
-        weights: LayerWeights,
-        stack: _Stack,
-        experts: list[int],
-        collected: range,
-        hessian: HessianSum | None,
-        result: QuantizedLayer,
-    ) -> None:
-        stacked = [weights[p.key] if p.num_experts else weights[p.key][None] for p in stack.parameters]
-        w_EOI = torch.cat([w[experts] for w in stacked], 1)
-        h_EII, evidence = None, None
-        if hessian is not None:
-            places = [expert - collected.start for expert in experts]
-            h_EII = hessian.normalized(places)
-            evidence = Evidence(*(value[places] for value in hessian.evidence))
-            if not bool(torch.isfinite(h_EII.sum())):
-                first = experts[int((~torch.isfinite(h_EII.sum((1, 2)))).nonzero()[0])]
-                raise NumericsError(
-                    f"the Hessian of {self._names(layer, stack.parameters[0])[first]} holds NaN or infinity",
-                    where="head" if layer is None else f"layer {layer}",
-                    remedy="run with --dtype fp32",
-                )
-        effective_E = None if evidence is None else evidence.effective_E
-        outcome = quantize_stack(w_EOI, h_EII, effective_E, stack.scheme, self.recipe, self.limits.workspace_weights)
-        new_EOI = dequantize(outcome.quantized, w_EOI.dtype)
-        start = 0
-        for parameter, target in zip(stack.parameters, stacked, strict=True):
-            rows = slice(start, start + parameter.shape[0])
-            target[experts] = new_EOI[:, rows]
-            names = self._names(layer, parameter)
-            for position, expert in enumerate(experts):
-                self._note(result, parameter, names[expert], outcome, evidence, rows, position)
-            start = rows.stop
-
-    def _note(
-        self,
-        result: QuantizedLayer,
-        parameter: Parameter,
-        name: str,
-        outcome: Outcome,
-        evidence: Evidence | None,
-        rows: slice,
-        position: int,
-    ) -> None:
-        """Keep codes and record of one module: `rows` of the stack's matrix at `position`."""
-        q = outcome.quantized
-        result.quantized[name] = QuantizedTensor(
-            codes=q.codes[position, rows].cpu(),
-            scale=q.scale[position, rows].cpu(),
-            zero=None if q.zero is None else q.zero[position, rows].cpu(),
-            global_scale=None if q.global_scale is None else q.global_scale[position].cpu(),
-            scheme=q.scheme,
-        )
-        loss = outcome.loss_EO[position, rows].sum().item()
-        energy = outcome.energy_EO[position, rows].sum().item()
-        fallback, retries = bool(outcome.fallback_E[position]), int(outcome.retries_E[position])
-        rounded = fallback or evidence is None or self.recipe.method is Method.RTN
-        effective = 0.0 if evidence is None else float(evidence.effective_E[position])
-        event = None
-        if fallback:
-            event = f"rounded to nearest: {effective:.0f} effective samples for {parameter.shape[1]} inputs"
-        elif retries:
-            event = f"damping raised {retries} times to make the Hessian positive definite"
-        result.record.modules.append(
-            ModuleRecord(
-                name=name,
-                kind=parameter.kind.value,
-                scheme=str(q.scheme),
-                bits_per_weight=q.scheme.bits_per_weight(*parameter.shape),
-                num_weights=parameter.shape[0] * parameter.shape[1],
-                loss=loss,
-                relative_loss=loss / energy if energy > 0 else 0.0,
-                tokens=0 if evidence is None else int(evidence.tokens_E[position]),
-                effective_samples=effective,
-                damping=float(outcome.damping_E[position]),
-                method=(Method.RTN if rounded else Method.GPTQ).value,
-                event=event,
-                sha256=result.quantized[name].sha256(),
-            )
-        )

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from alphaquant.models import read_layer, read_outer
-from alphaquant.pipeline.layer import QuantizedLayer
 from alphaquant.pipeline.pace import out_of_memory
 from alphaquant.pipeline.records import LayerRecord, require_finite
+from alphaquant.pipeline.solving import QuantizedLayer
 from alphaquant.pipeline.stream import chunks, embed, held_stream
 
 if TYPE_CHECKING:
