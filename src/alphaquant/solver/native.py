@@ -188,7 +188,7 @@ def _compiled(compiler: str, flags: Sequence[str], name: str) -> Path:
     folder = Path.home() / ".cache" / "alphaquant"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        is_ours = folder.stat().st_uid == os.geteuid() and os.access(folder, os.W_OK)
+        is_ours = os.access(folder, os.W_OK) and (os.name != "posix" or folder.stat().st_uid == os.geteuid())
     except (OSError, RuntimeError):
         is_ours = False
     if not is_ours:
