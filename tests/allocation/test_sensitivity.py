@@ -10,13 +10,13 @@ from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.allocation import Means, Strategy, error_table, parse_candidates
 from alphaquant.allocation.predict import Inputs, predict
-from alphaquant.allocation.sensitivity import _Probes
+from alphaquant.allocation.sensitivity import _Probes, _shares
 from alphaquant.formats import FORMATS, Scheme
 from alphaquant.models import load_decoder
 from alphaquant.pipeline import Calibration, prepare
 from alphaquant.pipeline.stream import attend, feed
 from alphaquant.plan import Plan
-from alphaquant.solver import HessianSum, Recipe, hessian_loss, quantize_stack, trusted
+from alphaquant.solver import EvidenceSum, HessianSum, Recipe, hessian_loss, quantize_stack, trusted
 from pipeline import tiny
 
 CPU = torch.device("cpu")
@@ -118,6 +118,14 @@ def test_divergences_are_not_those_of_rounding(tmp_path, text):
     assert all(1 / 3 < bf16 / fp32 < 3 for bf16, fp32 in pairs)
 
 
+def test_an_expert_counts_by_the_squares_of_its_scores():
+    score_R, seen = torch.tensor([0.5, 0.25, 0.75, 1.0, 0.5]), EvidenceSum(3, 1.0)
+    seen.add([2, 3, 0], score_R)
+    found = _shares(seen.evidence, num_tokens=4)
+    of_all = score_R.square().sum() / 5
+    torch.testing.assert_close(found.float(), torch.tensor([0.25 + 0.0625, 0.5625 + 1 + 0.25, float(of_all) / 2]) / 4)
+
+
 def test_rarely_used_experts_cost_less_but_something(tmp_path, text):
     """One expert that the router never takes, and the others alike: its bits matter least."""
     prepared = prepare(tiny.write_model(tmp_path / "plain", "olmoe"), Plan.from_shorthand("bf16"))
@@ -131,6 +139,7 @@ def test_rarely_used_experts_cost_less_but_something(tmp_path, text):
     model = tiny.write_model(tmp_path / "model", "olmoe", changes=changes)
     table = table_of(model, text)
     shares = {row.name: row.facts["share"] for row in table.rows if ".experts." in row.name}
+    assert min(shares.values()) < max(shares.values()) / 2
     seldom = [row for row in table.rows if row.facts["share"] == min(shares.values())]
     assert all(row.cost[0] > 0 for row in seldom)
     used = table_of(model, text, Strategy.UTILIZATION)
