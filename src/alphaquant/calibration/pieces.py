@@ -1,6 +1,6 @@
 """Token ids of a long text piece by piece: on all cores, and in memory for a few pieces at a time.
 
-Run as a program by `apart`, of which it needs to know nothing: sizes of a tokenizer's definition in its argument,
+Run as a program by `apart`, of which it needs to know nothing: the size of a tokenizer's definition in its argument,
 definition and text on its input, ids as 64-bit integers on its output.
 """
 

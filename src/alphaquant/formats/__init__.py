@@ -11,7 +11,7 @@ from alphaquant.formats.codec import (
     quantize_with,
     round_scale,
 )
-from alphaquant.formats.grid import decode, encode, round_to_grid
+from alphaquant.formats.grid import Grid, decode, encode, round_to_grid
 from alphaquant.formats.inputs import round_inputs
 from alphaquant.formats.packing import pack_int32, pack_rows, unpack_int32, unpack_rows
 from alphaquant.formats.spec import (
@@ -32,6 +32,7 @@ __all__ = [
     "Activation",
     "ElementKind",
     "Format",
+    "Grid",
     "Inputs",
     "QuantizedTensor",
     "ScaleKind",

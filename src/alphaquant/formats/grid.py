@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -14,9 +14,37 @@ if TYPE_CHECKING:
 
     from alphaquant.formats.spec import Format
 
-__all__ = ["decode", "encode", "round_to_grid", "round_to_grid_"]
+__all__ = ["Grid", "decode", "encode", "round_to_grid", "round_to_grid_"]
 
 _EXPONENT_MASK = 0x7F800000  # of a float32's bit pattern
+
+
+class Grid(NamedTuple):
+    """What a kernel needs to know to round as ``quantize_values`` does.
+
+    Attributes:
+        is_float: whether steps grow with the binade.
+        has_zero: whether there are zero points: integers from 0 on.
+        low: the least value.
+        high: the largest.
+        least_binade: of floats, the power of two below which steps shrink no more.
+        steps: of floats, times a binade: what rounds a number that is added to it to that binade's steps.
+    """
+
+    is_float: bool
+    has_zero: bool
+    low: float
+    high: float
+    least_binade: float
+    steps: float
+
+    @classmethod
+    def of(cls, fmt: Format, *, has_zero: bool) -> Grid:
+        """The grid of a format, with zero points or without."""
+        is_float = fmt.kind is ElementKind.FLOAT
+        low = 0.0 if has_zero else -fmt.max_value if is_float else -fmt.max_value - 1
+        high = 2.0**fmt.bits - 1 if has_zero else fmt.max_value
+        return cls(is_float, has_zero, low, high, 2.0**fmt.min_exponent, 1.5 * 2.0 ** (23 - fmt.mantissa_bits))
 
 
 def round_to_grid(x: Tensor, fmt: Format) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from alphaquant.formats import ElementKind
+from alphaquant.formats import Grid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -288,8 +288,8 @@ def _zero_pointer(columns: Columns) -> Tensor:
 def _launch(kernel: Any, tensors: tuple[Tensor, ...], columns: Columns, cut: slice, fmt: Format) -> None:
     assert all(tensor.is_contiguous() for tensor in tensors)
     num_experts, num_columns, num_rows = columns.w_EIO.shape
-    width, has_zero = cut.stop - cut.start, columns.zero_EIO is not None
-    is_float = fmt.kind is ElementKind.FLOAT
+    width = cut.stop - cut.start
+    grid = Grid.of(fmt, has_zero=columns.zero_EIO is not None)
     kernel[num_experts, triton.cdiv(num_rows, _ROWS_A_TILE)](
         *tensors,
         num_columns,
@@ -298,10 +298,10 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...], columns: Columns, cut: sli
         width,
         COLUMNS=triton.next_power_of_2(width),
         ROWS=_ROWS_A_TILE,
-        IS_FLOAT=is_float,
-        HAS_ZERO=has_zero,
-        LOW=0.0 if has_zero else -fmt.max_value if is_float else -fmt.max_value - 1,
-        HIGH=2.0**fmt.bits - 1 if has_zero else fmt.max_value,
-        LEAST_BINADE=2.0**fmt.min_exponent,
-        STEPS=1.5 * 2.0 ** (23 - fmt.mantissa_bits),
+        IS_FLOAT=grid.is_float,
+        HAS_ZERO=grid.has_zero,
+        LOW=grid.low,
+        HIGH=grid.high,
+        LEAST_BINADE=grid.least_binade,
+        STEPS=grid.steps,
     )

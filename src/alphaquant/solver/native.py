@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alphaquant.formats import ElementKind
+from alphaquant.formats import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +37,7 @@ _SOURCE = Path(__file__).with_name("native.c")
 _COMPILERS = ("cc", "gcc", "clang")
 # without contraction a product and a sum are rounded one by one, as in torch
 _FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")
-_ROWS = 64  # rows of a tile, as in native.c
+_ROWS, _COLUMNS = 64, 128  # of a tile, as in native.c
 _WORTH_A_THREAD = 1 << 17  # nanoseconds of work, about: with less, starting one takes longer than it saves
 _WALK, _ROUNDING = 4, 1  # nanoseconds a weight
 
@@ -52,16 +52,9 @@ class _Grid(ctypes.Structure):
         ("steps", ctypes.c_float),
     )
 
-    @classmethod
-    def of(cls, fmt: Format, *, has_zero: bool) -> _Grid:
-        is_float = fmt.kind is ElementKind.FLOAT
-        low = 0.0 if has_zero else -fmt.max_value if is_float else -fmt.max_value - 1
-        high = 2.0**fmt.bits - 1 if has_zero else fmt.max_value
-        return cls(is_float, has_zero, low, high, 2.0**fmt.min_exponent, 1.5 * 2.0 ** (23 - fmt.mantissa_bits))
-
 
 def is_available() -> bool:
-    """Whether there is a compiler that makes the library, or one has made it before."""
+    """Whether there is a compiler that makes the library."""
     return _library() is not None
 
 
@@ -115,7 +108,7 @@ def rounding_errors(
     error_OG = torch.empty(step_OG.shape)
     given = (None if x is None else x.contiguous() for x in (w_OGN, step_OG, zero_OG, importance_GN))
     tensors = (*given, error_OG)
-    grid = _Grid.of(fmt, has_zero=zero_OG is not None)
+    grid = Grid.of(fmt, has_zero=zero_OG is not None)
     _run("rounding_errors", tensors, (num_groups, size), step_OG.numel(), size * _ROUNDING, grid)
     return error_OG
 
@@ -123,12 +116,13 @@ def rounding_errors(
 def _over_tiles(name: str, tensors: Sequence[Tensor | None], columns: Columns, cut: slice, fmt: Format) -> None:
     num_experts, num_columns, num_rows = columns.w_EIO.shape
     width = cut.stop - cut.start
-    grid = _Grid.of(fmt, has_zero=columns.zero_EIO is not None)
+    assert width <= _COLUMNS  # more would leave the tile
+    grid = Grid.of(fmt, has_zero=columns.zero_EIO is not None)
     num_tiles = num_experts * -(-num_rows // _ROWS)
     _run(name, tensors, (num_columns, num_rows, cut.start, width), num_tiles, width * _ROWS * _WALK, grid)
 
 
-def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], total: int, cost: int, grid: _Grid) -> None:
+def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], total: int, cost: int, grid: Grid) -> None:
     """Call a function of the library for `total` parts of its work, shared by as many threads as torch has.
 
     A part takes about `cost` nanoseconds.
@@ -138,12 +132,13 @@ def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], tota
     assert library is not None
     function = getattr(library, name)
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+    c_grid = _Grid(*grid)
     fixed = [*pointers, *map(ctypes.c_int64, sizes)]
     num_threads = max(1, min(torch.get_num_threads(), total, total * cost // _WORTH_A_THREAD))
     ends = [total * part // num_threads for part in range(num_threads + 1)]
 
     def part(index: int) -> None:  # the library is called without Python's lock
-        function(*fixed, ctypes.c_int64(ends[index]), ctypes.c_int64(ends[index + 1]), ctypes.byref(grid))
+        function(*fixed, ctypes.c_int64(ends[index]), ctypes.c_int64(ends[index + 1]), ctypes.byref(c_grid))
 
     others = [threading.Thread(target=part, args=(index,)) for index in range(1, num_threads)]
     for thread in others:
