@@ -61,7 +61,7 @@ def test_the_search_for_leftovers_finds_one():
 def test_peak_does_not_grow_with_the_layers():
     """The measurement of `benchmarks/memory.py`, which is made at 256 MiB a layer, at a size that a test can bear.
 
-    How the C library places blocks of this size makes 15% either way; were every layer kept, it would be 1.5.
+    How the C library places blocks of this size makes 10% either way; were every layer kept, it would be 1.5.
     """
     options = ["--layer-mib", "32", "--layers", "4", "14", "--effort", "fast"]
     done = subprocess.run([sys.executable, BENCHMARK, *options], capture_output=True, text=True, check=False)
@@ -69,4 +69,4 @@ def test_peak_does_not_grow_with_the_layers():
     figures = json.loads(done.stdout)
     assert figures["model"]["layer_bytes"] == pytest.approx(32 << 20, rel=0.05)
     assert [run["layers"] for run in figures["runs"]] == [4, 14]
-    assert figures["ratio"] <= 1.3, figures
+    assert figures["ratio"] <= 1.2, figures
