@@ -3,8 +3,16 @@
    Arrays are fp32 and contiguous, columns first: [E, I, O], the rows of a matrix lie side by side. A call does the
    tiles `first` to `last` of E times ceil(O / ROWS); tiles do not touch each other, so threads share a call by them. */
 
+#define _GNU_SOURCE
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #define LANES 16
 #define VECTORS 4
@@ -100,6 +108,19 @@ static inline void fetch(const float *from, int64_t stride, int64_t begin, int64
         for (int64_t r = 0; r < count; r += LANES) __builtin_prefetch(from + j * stride + r);
 }
 
+/* One column: its values, how far what they stand for is off the weights, and t - q in place. */
+EACH_KIND walk_column(Line *restrict t, Line *restrict error, const float *restrict w, const float *restrict step,
+                      const float *restrict zero, float *restrict value, int64_t count, Grid grid, int is_float,
+                      int has_zero) {
+    for (int64_t r = 0; r < count; r++) {
+        float v = grid_value(t->x[r] / step[r], has_zero ? zero[r] : 0, is_float, has_zero, grid);
+        float q = v * step[r];
+        value[r] = v;
+        error->x[r] = w[r] - q;
+        t->x[r] -= q;
+    }
+}
+
 EACH_KIND walk(float *restrict target, const float *restrict w, const float *restrict step, const float *restrict zero,
                const float *restrict feedback, float *restrict value, float *restrict error, int64_t columns,
                int64_t rows, int64_t start, int64_t width, int64_t first, int64_t last, Grid grid, int is_float,
@@ -117,13 +138,9 @@ EACH_KIND walk(float *restrict target, const float *restrict w, const float *res
             for (int64_t j = leaf; j < end; j++) {
                 int64_t at = tile.at + j * rows;
                 Line *by = moved + j - leaf;
-                for (int64_t r = 0; r < tile.count; r++) {
-                    float v = grid_value(t[j].x[r] / step[at + r], has_zero ? zero[at + r] : 0, is_float, has_zero, grid);
-                    float q = v * step[at + r];
-                    value[at + r] = v;
-                    error[at + r] = by->x[r] = w[at + r] - q;
-                    t[j].x[r] -= q;
-                }
+                walk_column(t + j, by, w + at, step + at, has_zero ? zero + at : 0, value + at, tile.count, grid, is_float,
+                            has_zero);
+                memcpy(error + at, by->x, tile.count * sizeof(float));
                 spread(t, reach + j * columns, columns, by, 1, j + 1, end);
             }
             spread(t, reach + leaf * columns, columns, moved, end - leaf, end, width);
@@ -204,3 +221,187 @@ void rounding_errors(const float *w, const float *step, const float *zero, const
                      int64_t groups_a_row, int64_t size, int64_t first, int64_t last, const Grid *grid) {
     BY_KIND(measure, w, step, zero, importance, error, groups_a_row, size, first, last, *grid)
 }
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+
+/* Products of fp32 matrices in tiles of bf16: each number as the sum of two, high·high + high·low + low·high summed in
+   fp32. What is left out is 2^-18 of a term.
+
+   A packed matrix is [panels of 16, steps of 32, halves (high, low), 16] lines of 16 pairs. Pairs of a left matrix are
+   neighbours in a row of it, those of a right one are neighbours in a column. */
+
+typedef uint32_t Pairs __attribute__((vector_size(LANES * sizeof(uint32_t))));
+#define SIDE 16          /* lines of a tile, and pairs in a line */
+#define STEP (2 * SIDE)  /* numbers that a product of tiles sums over; also lines of both halves */
+#define PANELS 8         /* of rows that a call works on together */
+#define SUBTILES (PANELS * SIDE / ROWS)
+
+/* Asks the kernel for the tiles, for all threads: 0 if it grants them. */
+int request_tiles(void) { return (int)syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */); }
+
+static void configure_tiles(void) {
+    struct __attribute__((packed)) {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t lines[16];
+    } config = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        config.bytes[i] = SIDE * sizeof(uint32_t);
+        config.lines[i] = SIDE;
+    }
+    _tile_loadconfig(&config);
+}
+
+/* The nearest bf16, half to even, in the upper 16 bits. */
+static inline Pairs to_bf16(Vector x) {
+    Pairs bits = (Pairs)x;
+    return (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+}
+
+/* Numbers of two lines side by side, as pairs of their high halves and of their low ones. */
+static inline void split(Vector x, Vector y, Pairs *high, Pairs *low) {
+    Pairs high_x = to_bf16(x), high_y = to_bf16(y);
+    *high = high_x >> 16 | high_y;
+    *low = to_bf16(x - (Vector)high_x) >> 16 | to_bf16(y - (Vector)high_y);
+}
+
+/* The transposes of E matrices [I, I], packed as left ones: panels first … last of E * I / 16. Of an upper triangle,
+   only what lies above the diagonal's steps. */
+void pack_transposed(const float *x, Pairs *packed, int64_t columns, int64_t is_upper, int64_t first, int64_t last) {
+    int64_t panels = columns / SIDE, steps = columns / STEP;
+    for (int64_t panel = first; panel < last; panel++) {
+        const float *from = x + panel / panels * columns * columns + panel % panels * SIDE;
+        int64_t end = is_upper ? panel % panels * SIDE / STEP : steps;
+        for (int64_t step = 0; step < end; step++) {
+            union { Pairs v; uint32_t x[SIDE]; } line[2 * SIDE];
+            for (int64_t i = 0; i < SIDE; i++) {
+                Vector pair[2];
+                for (int k = 0; k < 2; k++) memcpy(pair + k, from + (step * STEP + 2 * i + k) * columns, sizeof(Vector));
+                split(pair[0], pair[1], &line[i].v, &line[SIDE + i].v);
+            }
+            uint32_t *to = (uint32_t *)(packed + (panel * steps + step) * STEP);
+            for (int half = 0; half < 2; half++)
+                for (int r = 0; r < SIDE; r++)
+                    for (int i = 0; i < SIDE; i++) to[(half * SIDE + r) * SIDE + i] = line[half * SIDE + i].x[r];
+        }
+    }
+}
+
+#define BARRIER __asm__ volatile("" ::: "memory") /* compilers do not see what tiles read */
+#define ALL_FOUR                                                                                                       \
+    _tile_dpbf16ps(0, 4, 6);                                                                                           \
+    _tile_dpbf16ps(1, 4, 7);                                                                                           \
+    _tile_dpbf16ps(2, 5, 6);                                                                                           \
+    _tile_dpbf16ps(3, 5, 7);
+
+/* t[i] += Σ left[i, j] * right[j] over so many steps of j, for two panels of either; t is 32 lines, of which it starts
+   anywhere. */
+static inline void add_product(float *t, const Pairs *left, const Pairs *right, int64_t panel, int64_t steps) {
+    const int64_t stride = sizeof(Line), line = sizeof(Pairs), down = SIDE * ROWS;
+    _tile_loadd(0, t, stride);
+    _tile_loadd(1, t + SIDE, stride);
+    _tile_loadd(2, t + down, stride);
+    _tile_loadd(3, t + down + SIDE, stride);
+    for (int64_t step = 0; step < steps; step++, left += STEP, right += STEP) {
+        _tile_loadd(6, right, line);
+        _tile_loadd(7, right + panel, line);
+        _tile_loadd(4, left + SIDE, line);
+        _tile_loadd(5, left + panel + SIDE, line);
+        ALL_FOUR
+        _tile_loadd(4, left, line);
+        _tile_loadd(5, left + panel, line);
+        ALL_FOUR
+        _tile_loadd(6, right + SIDE, line);
+        _tile_loadd(7, right + panel + SIDE, line);
+        ALL_FOUR
+    }
+    _tile_stored(0, t, stride);
+    _tile_stored(1, t + SIDE, stride);
+    _tile_stored(2, t + down, stride);
+    _tile_stored(3, t + down + SIDE, stride);
+}
+
+/* The same for `width` lines of all subtiles, a multiple of 32. */
+static inline void add_products(Line t[SUBTILES][COLUMNS], const Pairs *left, const Pairs *right, int64_t panel,
+                                int64_t width, int64_t steps) {
+    BARRIER;
+    for (int64_t i = 0; i < width; i += STEP)
+        for (int64_t k = 0; k < PANELS * SIDE; k += STEP)
+            add_product(t[k / ROWS][i].x + k % ROWS, left + i / SIDE * panel, right + k / SIDE * panel, panel, steps);
+    BARRIER;
+}
+
+EACH_KIND walk_tile(const float *restrict w, const float *restrict step, const float *restrict zero,
+                    const float *restrict feedback, const Pairs *restrict packed, const float *restrict curvature,
+                    const int32_t *restrict order, float *restrict value, float *restrict loss, Pairs *restrict errors,
+                    int64_t columns, int64_t rows, int64_t group, int64_t count, Grid grid, int is_float,
+                    int has_zero) {
+    int64_t panel = columns; /* lines: columns / STEP steps of STEP lines */
+    Line t[SUBTILES][COLUMNS], total[SUBTILES] = {0};
+    for (int64_t start = 0; start < columns; start += COLUMNS) {
+        int64_t width = columns - start < COLUMNS ? columns - start : COLUMNS;
+        for (int64_t sub = 0; sub < SUBTILES; sub++)
+            for (int64_t j = 0; j < width; j++) {
+                int64_t here = count - sub * ROWS;
+                here = here < 0 ? 0 : here > ROWS ? ROWS : here;
+                load(t[sub] + j, w + order[start + j] * rows + sub * ROWS, 0, 1, here);
+            }
+        add_products(t, packed + start / SIDE * panel, errors, panel, width, start / STEP);
+        for (int64_t sub = 0; sub < SUBTILES && sub * ROWS < count; sub++) {
+            int64_t here = count - sub * ROWS < ROWS ? count - sub * ROWS : ROWS;
+            Line moved[LEAF] = {0}, sum = {0};
+            for (int64_t leaf = 0; leaf < width; leaf += LEAF) {
+                int64_t end = leaf + LEAF, next = end + LEAF < width ? end + LEAF : width;
+                for (int64_t j = end; j < next; j++) {
+                    int64_t column = order[start + j], at = column * rows + sub * ROWS;
+                    fetch(value + at, 0, 0, 1, here);
+                    fetch(step + column / group * rows + sub * ROWS, 0, 0, 1, here);
+                }
+                for (int64_t j = leaf; j < end; j++) {
+                    int64_t column = order[start + j], at = column * rows + sub * ROWS;
+                    int64_t scale = column / group * rows + sub * ROWS;
+                    walk_column(t[sub] + j, moved + j - leaf, w + at, step + scale, has_zero ? zero + scale : 0, value + at,
+                                here, grid, is_float, has_zero);
+                    const float *reach = feedback + (start + j) * columns + start;
+                    spread(t[sub], reach, columns, moved + j - leaf, 1, j + 1, end);
+                }
+                spread(t[sub], feedback + (start + leaf) * columns + start, columns, moved, LEAF, end, width);
+                for (int i = 0; i < VECTORS; i++) {
+                    Pairs *to = errors + (sub * VECTORS + i) * panel + (start + leaf) / STEP * STEP + leaf % STEP / 2;
+                    for (int k = 0; k < LEAF / 2; k++)
+                        split(moved[2 * k].v[i], moved[2 * k + 1].v[i], to + k, to + SIDE + k);
+                }
+            }
+            for (int64_t j = 0; j < width; j++)
+                for (int i = 0; i < VECTORS; i++) sum.v[i] += t[sub][j].v[i] * t[sub][j].v[i] * curvature[start + j];
+            for (int i = 0; i < VECTORS; i++) total[sub].v[i] += sum.v[i];
+        }
+    }
+    for (int64_t r = 0; r < count; r++) loss[r] = total[r / ROWS].x[r % ROWS];
+}
+
+/* The whole walk, tiles first … last of E times ceil(O / 128): values [E, I, O] in natural order and losses [E, O].
+   Weights [E, I, O] and scales [E, G, O] lie in natural order, the feedback, once more packed, in that of the walk. */
+int walk_all(const float *w, const float *step, const float *zero, const float *feedback, const Pairs *packed,
+             const float *curvature, const int32_t *order, float *value, float *loss, int64_t columns, int64_t rows,
+             int64_t groups, int64_t first, int64_t last, const Grid *grid) {
+    int64_t height = PANELS * SIDE, tiles = (rows + height - 1) / height;
+    size_t bytes = PANELS * columns * sizeof(Pairs);
+    Pairs *errors = aligned_alloc(sizeof(Pairs), bytes);
+    if (!errors) return 1;
+    memset(errors, 0, bytes); /* rows that there are not */
+    configure_tiles();
+    for (int64_t index = first; index < last; index++) {
+        int64_t expert = index / tiles, row = index % tiles * height, count = rows - row < height ? rows - row : height;
+        int64_t of_weights = expert * columns * rows + row, of_scales = expert * groups * rows + row;
+        int64_t square = expert * columns * columns;
+        BY_KIND(walk_tile, w + of_weights, step + of_scales, zero ? zero + of_scales : 0, feedback + square,
+                packed + square / SIDE, curvature + expert * columns, order + expert * columns,
+                value + of_weights, loss + expert * rows + row, errors, columns, rows, columns / groups, count, *grid)
+    }
+    _tile_release();
+    free(errors);
+    return 0;
+}
+
+#endif

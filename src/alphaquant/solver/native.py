@@ -29,15 +29,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alphaquant.formats import Format
+    from alphaquant.solver.factor import Factor
     from alphaquant.solver.gptq import Columns
+    from alphaquant.solver.scales import Scales
 
-__all__ = ["descend_block", "is_available", "rounding_errors", "walk_block"]
+__all__ = ["descend_block", "has_tiles", "is_available", "packed", "rounding_errors", "walk", "walk_block"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _COMPILERS = ("cc", "gcc", "clang")
 # without contraction a product and a sum are rounded one by one, as in torch
 _FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")
 _ROWS, _COLUMNS = 64, 128  # of a tile, as in native.c
+_TILE_ROWS, _STEP, _PANEL = 128, 32, 16  # of what works in tiles of bf16, as there
+_ITEM = 4  # bytes of all numbers
 _WORTH_A_THREAD = 1 << 17  # nanoseconds of work, about: with less, starting one takes longer than it saves
 _WALK, _ROUNDING = 4, 1  # nanoseconds a weight
 
@@ -97,6 +101,55 @@ def descend_block(
     return moved_EBO
 
 
+@cache
+def has_tiles() -> bool:
+    """Whether products go through tiles of bf16 (Intel AMX), and the kernel grants them."""
+    request = getattr(_library(), "request_tiles", None)
+    return request is not None and request() == 0
+
+
+def packed(x_EII: Tensor, *, is_upper: bool = False) -> Tensor | None:
+    """The transposes of matrices for products in tiles; None where there are none, or the size does not fit them.
+
+    Args:
+        x_EII: of which the transpose is multiplied from the left.
+        is_upper: only entries above the diagonal are packed.
+    """
+    num_experts, size, _ = x_EII.shape
+    if not has_tiles() or size % _STEP:
+        return None
+    packed_EII = torch.empty_like(x_EII)
+    panels = num_experts * size // _PANEL
+    _run("pack_transposed", (x_EII, packed_EII), (size, is_upper), panels, _PANEL * size, None)
+    return packed_EII
+
+
+def walk(w_EIO: Tensor, scales: Scales, factor: Factor, packed_EII: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """GPTQ over all columns; see `gptq.solve`.
+
+    Args:
+        w_EIO: weights in natural order of columns.
+        scales: of their groups.
+        factor: of the inputs' Hessians.
+        packed_EII: its feedback, packed.
+        fmt: number format.
+
+    Returns:
+        Grid values `[E, I, O]` in natural order, and the loss `[E, O]`.
+    """
+    num_experts, size, num_rows = w_EIO.shape
+    step_EGO = scales.effective().transpose(1, 2).contiguous()
+    zero_EGO = None if scales.zero is None else scales.zero.float().transpose(1, 2).contiguous()
+    value_EIO, loss_EO = torch.empty_like(w_EIO), w_EIO.new_empty(num_experts, num_rows)
+    given = (w_EIO, step_EGO, zero_EGO, factor.feedback_EII, packed_EII, factor.curvature_EI, factor.order_EI.int())
+    num_tiles = num_experts * -(-num_rows // _TILE_ROWS)
+    sizes = (size, num_rows, step_EGO.shape[1])
+    cost = size * _TILE_ROWS * _WALK
+    grid = Grid.of(fmt, has_zero=zero_EGO is not None)
+    _run("walk_all", (*given, value_EIO, loss_EO), sizes, num_tiles, cost, grid)
+    return value_EIO, loss_EO
+
+
 def rounding_errors(
     w_OGN: Tensor, step_OG: Tensor, zero_OG: Tensor | None, importance_GN: Tensor | None, fmt: Format
 ) -> Tensor:
@@ -122,23 +175,23 @@ def _over_tiles(name: str, tensors: Sequence[Tensor | None], columns: Columns, c
     _run(name, tensors, (num_columns, num_rows, cut.start, width), num_tiles, width * _ROWS * _WALK, grid)
 
 
-def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], total: int, cost: int, grid: Grid) -> None:
+def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], total: int, cost: int, grid: Grid | None) -> None:
     """Call a function of the library for `total` parts of its work, shared by as many threads as torch has.
 
     A part takes about `cost` nanoseconds.
     """
-    assert all(x is None or (x.is_contiguous() and x.dtype is torch.float32) for x in tensors)
+    assert all(x is None or (x.is_contiguous() and x.element_size() == _ITEM) for x in tensors)
     library = _library()
     assert library is not None
     function = getattr(library, name)
     pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-    c_grid = _Grid(*grid)
+    last = [] if grid is None else [ctypes.byref(_Grid(*grid))]
     fixed = [*pointers, *map(ctypes.c_int64, sizes)]
     num_threads = max(1, min(torch.get_num_threads(), total, total * cost // _WORTH_A_THREAD))
     ends = [total * part // num_threads for part in range(num_threads + 1)]
 
     def part(index: int) -> None:  # the library is called without Python's lock
-        function(*fixed, ctypes.c_int64(ends[index]), ctypes.c_int64(ends[index + 1]), ctypes.byref(c_grid))
+        function(*fixed, ctypes.c_int64(ends[index]), ctypes.c_int64(ends[index + 1]), *last)
 
     others = [threading.Thread(target=part, args=(index,)) for index in range(1, num_threads)]
     for thread in others:
