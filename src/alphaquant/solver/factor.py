@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from alphaquant.solver.backend import Backend, kernels_for
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -30,6 +32,7 @@ class Factor:
         order_EI: walking order: position → input column.
         damping_E: the damping used, relative to the mean diagonal.
         retries_E: how often it was raised because the factorisation failed.
+        packed_EII: the feedback for products in tiles, where they are faster; see `native.packed`.
     """
 
     feedback_EII: Tensor
@@ -37,6 +40,7 @@ class Factor:
     order_EI: Tensor
     damping_E: Tensor
     retries_E: Tensor
+    packed_EII: Tensor | None = None
 
 
 def shrink(h_EII: Tensor, effective_E: Tensor, samples: float) -> Tensor:
@@ -68,7 +72,9 @@ def damp(h_EII: Tensor, damping_E: Tensor) -> Tensor:
     return damped_EII
 
 
-def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True) -> Factor:
+def factorize(
+    h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True, backend: Backend = Backend.AUTO
+) -> Factor:
     """Factorise damped Hessians (GPTQ's matrix in the form of Chee et al. 2023, QuIP, eq. 3).
 
     Where the Cholesky fails, the damping is raised tenfold (to 1e-4 at least), up to four times; a Hessian that still
@@ -78,6 +84,7 @@ def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True) -> Fa
         h_EII: symmetric positive semi-definite, fp32; not changed.
         damping_E: added to the diagonal, relative to its mean.
         act_order: walk columns by falling diagonal (stable for ties), else in natural order.
+        backend: what will walk them.
     """
     num_experts, size, _ = h_EII.shape
     damping_E = damping_E.to(h_EII.device, torch.float32).clone()
@@ -107,12 +114,15 @@ def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True) -> Fa
     upper_EII = chol_EII.flip(1, 2)
     del chol_EII
     root_EI = upper_EII.diagonal(dim1=1, dim2=2).clone()
+    feedback_EII = upper_EII.div_(root_EI[:, None, :]).contiguous()
+    kernels = kernels_for(h_EII, backend)
     return Factor(
-        feedback_EII=upper_EII.div_(root_EI[:, None, :]).contiguous(),
+        feedback_EII=feedback_EII,
         curvature_EI=root_EI.square(),
         order_EI=order_EI,
         damping_E=damping_E,
         retries_E=retries_E,
+        packed_EII=kernels.packed(feedback_EII, is_upper=True) if hasattr(kernels, "packed") else None,
     )
 
 

@@ -102,6 +102,11 @@ def solve(
         backend: what walks the columns of a block.
     """
     kernels = kernels_for(w_EOI, backend)
+    if factor.packed_EII is not None and kernels is not None:
+        w_EIO = w_EOI.transpose(1, 2).float().contiguous()
+        value_EIO, loss_EO = kernels.walk(w_EIO, scales, factor, scheme.format)
+        codes = encode_grouped(value_EIO.transpose(1, 2), scales.zero, scheme)
+        return Solution(QuantizedTensor(codes, scales.scale, scales.zero, scales.global_scale, scheme), loss_EO)
     columns = Columns.of(w_EOI, scales, scheme, factor.order_EI)
     target_EIO = columns.w_EIO.clone()
     value_EIO, error_EIO = torch.empty_like(target_EIO), torch.empty_like(target_EIO)

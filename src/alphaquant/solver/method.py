@@ -13,6 +13,7 @@ import torch
 
 from alphaquant.formats import ScaleKind, matrix_scale, round_scale
 from alphaquant.numerics import rough_product
+from alphaquant.solver import native
 from alphaquant.solver.backend import Backend
 from alphaquant.solver.factor import Factor, damp, factorize, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
@@ -213,18 +214,20 @@ def _quantize_part(
 ) -> Outcome:
     num_experts, _, in_features = w_EOI.shape
     nothing_E = torch.zeros(num_experts)
-    factor, damped_EII = None, None
+    factor, damped_EII, packed_EII = None, None, None
     if h_EII is not None and damping_E is not None:
         if not rounded:
-            factor = factorize(h_EII, damping_E, act_order=recipe.act_order)
+            factor = factorize(h_EII, damping_E, act_order=recipe.act_order, backend=recipe.backend)
             damping_E = factor.damping_E
         damped_EII = damp(h_EII, damping_E)
+        if factor is not None and factor.packed_EII is not None:
+            packed_EII = native.packed(damped_EII)
     # a matrix has one scale of its own in NVFP4, whichever rows are solved together
     global_scale_E = matrix_scale(w_EOI) if scheme.format.scale is ScaleKind.E4M3 else None
     parts = []
     for w_part in w_EOI.split(whole_blocks(workspace // (num_experts * in_features), scheme), 1):
         w_part_EOI = w_part.float()
-        solution = _solve_rows(w_part_EOI, damped_EII, factor, scheme, recipe, global_scale_E)
+        solution = _solve_rows(w_part_EOI, damped_EII, packed_EII, factor, scheme, recipe, global_scale_E)
         moved_EOI = w_part_EOI if damped_EII is None else rough_product(w_part_EOI, damped_EII)
         outcome = Outcome(
             quantized=replace(solution.quantized, codes=solution.quantized.codes.contiguous()),
@@ -241,6 +244,7 @@ def _quantize_part(
 def _solve_rows(
     w_EOI: Tensor,
     damped_EII: Tensor | None,
+    packed_EII: Tensor | None,
     factor: Factor | None,
     scheme: Scheme,
     recipe: Recipe,
@@ -260,14 +264,20 @@ def _solve_rows(
     if spending.search:
         scales = search_scales(w_EOI, scheme, global_scale_E=global_scale_E, backend=recipe.backend)
     w_EOI = w_EOI.transpose(1, 2).contiguous().transpose(1, 2)  # once, and not in every step
-    solution = _best_walk(w_EOI, damped_EII, factor, scheme, scales, recipe)
+    solution = _best_walk(w_EOI, damped_EII, packed_EII, factor, scheme, scales, recipe)
     if spending.sweeps == 0:
         return solution
-    return refine(w_EOI, damped_EII, solution, sweeps=spending.sweeps, backend=recipe.backend)
+    return refine(w_EOI, damped_EII, solution, sweeps=spending.sweeps, backend=recipe.backend, packed_EII=packed_EII)
 
 
 def _best_walk(
-    w_EOI: Tensor, damped_EII: Tensor, factor: Factor, scheme: Scheme, scales: Scales, recipe: Recipe
+    w_EOI: Tensor,
+    damped_EII: Tensor,
+    packed_EII: Tensor | None,
+    factor: Factor,
+    scheme: Scheme,
+    scales: Scales,
+    recipe: Recipe,
 ) -> Solution:
     """Several walks, each row from the one that loses least.
 
@@ -288,7 +298,7 @@ def _best_walk(
         best = better_rows(best, walk(shifted))
     for _ in range(spending.refits if scheme.format.scale is ScaleKind.MODEL else 0):
         # rough products: scales are rounded after all, and whether they are better is seen by their walk
-        refitted = refit_scales(w_EOI, damped_EII, best.quantized, rough_product)
+        refitted = refit_scales(w_EOI, damped_EII, best.quantized, rough_product, packed_EII)
         best = better_rows(best, walk(Scales(refitted.scale, refitted.zero, refitted.global_scale)))
     return best
 

@@ -5,7 +5,6 @@
 
 #define _GNU_SOURCE
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #if defined(__AMX_BF16__) && defined(__linux__)
@@ -156,6 +155,20 @@ void walk_block(float *target, const float *w, const float *step, const float *z
     BY_KIND(walk, target, w, step, zero, feedback, value, error, columns, rows, start, width, first, last, *grid)
 }
 
+/* One column: the best values given all others, from the weights that they stand for, and how far these move. */
+EACH_KIND descend_column(const Line *restrict t, Line *restrict moved, float *restrict q, float inverse,
+                         const float *restrict step, const float *restrict zero, float *restrict value, int64_t count,
+                         Grid grid, int is_float, int has_zero) {
+    for (int64_t r = 0; r < count; r++) {
+        float old = q[r], best = old + t->x[r] * inverse;
+        float v = grid_value(best / step[r], has_zero ? zero[r] : 0, is_float, has_zero, grid);
+        float new = v * step[r];
+        value[r] = v;
+        q[r] = new;
+        moved->x[r] = old - new;
+    }
+}
+
 EACH_KIND descend(float *restrict gradient, float *restrict q, const float *restrict step, const float *restrict zero,
                   const float *restrict h, float *restrict value, float *restrict moved, int64_t columns, int64_t rows,
                   int64_t start, int64_t width, int64_t first, int64_t last, Grid grid, int is_float, int has_zero) {
@@ -171,16 +184,10 @@ EACH_KIND descend(float *restrict gradient, float *restrict q, const float *rest
             for (int i = 0; i < 4; i++) fetch(soon[i], rows, end, next, tile.count);
             for (int64_t j = leaf; j < end; j++) {
                 int64_t at = tile.at + j * rows, in_block = tile.in_block + j * rows;
-                float inverse = 1 / reach[j * columns + j];
                 Line *by = by_leaf + j - leaf;
-                for (int64_t r = 0; r < tile.count; r++) {
-                    float old = q[at + r], best = old + t[j].x[r] * inverse;
-                    float v = grid_value(best / step[at + r], has_zero ? zero[at + r] : 0, is_float, has_zero, grid);
-                    float new = v * step[at + r];
-                    value[at + r] = v;
-                    q[at + r] = new;
-                    moved[in_block + r] = by->x[r] = old - new;
-                }
+                descend_column(t + j, by, q + at, 1 / reach[j * columns + j], step + at, has_zero ? zero + at : 0,
+                               value + at, tile.count, grid, is_float, has_zero);
+                memcpy(moved + in_block, by->x, tile.count * sizeof(float));
                 spread(t, reach + j * columns, columns, by, 1, j + 1, end);
             }
             spread(t, reach + leaf * columns, columns, by_leaf, end - leaf, end, width);
@@ -294,9 +301,9 @@ void pack_transposed(const float *x, Pairs *packed, int64_t columns, int64_t is_
     _tile_dpbf16ps(2, 5, 6);                                                                                           \
     _tile_dpbf16ps(3, 5, 7);
 
-/* t[i] += Σ left[i, j] * right[j] over so many steps of j, for two panels of either; t is 32 lines, of which it starts
-   anywhere. */
-static inline void add_product(float *t, const Pairs *left, const Pairs *right, int64_t panel, int64_t steps) {
+/* t[i] += Σ left[i, j] * right[j] over so many steps of j, for two panels of either: 32 lines of t, of 32 numbers. */
+static inline void add_product(float *t, const Pairs *left, int64_t left_panel, const Pairs *right, int64_t right_panel,
+                               int64_t steps) {
     const int64_t stride = sizeof(Line), line = sizeof(Pairs), down = SIDE * ROWS;
     _tile_loadd(0, t, stride);
     _tile_loadd(1, t + SIDE, stride);
@@ -304,15 +311,15 @@ static inline void add_product(float *t, const Pairs *left, const Pairs *right, 
     _tile_loadd(3, t + down + SIDE, stride);
     for (int64_t step = 0; step < steps; step++, left += STEP, right += STEP) {
         _tile_loadd(6, right, line);
-        _tile_loadd(7, right + panel, line);
+        _tile_loadd(7, right + right_panel, line);
         _tile_loadd(4, left + SIDE, line);
-        _tile_loadd(5, left + panel + SIDE, line);
+        _tile_loadd(5, left + left_panel + SIDE, line);
         ALL_FOUR
         _tile_loadd(4, left, line);
-        _tile_loadd(5, left + panel, line);
+        _tile_loadd(5, left + left_panel, line);
         ALL_FOUR
         _tile_loadd(6, right + SIDE, line);
-        _tile_loadd(7, right + panel + SIDE, line);
+        _tile_loadd(7, right + right_panel + SIDE, line);
         ALL_FOUR
     }
     _tile_stored(0, t, stride);
@@ -321,14 +328,44 @@ static inline void add_product(float *t, const Pairs *left, const Pairs *right, 
     _tile_stored(3, t + down + SIDE, stride);
 }
 
-/* The same for `width` lines of all subtiles, a multiple of 32. */
-static inline void add_products(Line t[SUBTILES][COLUMNS], const Pairs *left, const Pairs *right, int64_t panel,
-                                int64_t width, int64_t steps) {
+typedef Line Lines[SUBTILES][COLUMNS];
+
+/* The same for `width` lines of all subtiles, a multiple of 32; j from `begin` on. */
+static inline void add_products(Lines t, const Pairs *left, int64_t left_panel, const Pairs *right, int64_t right_panel,
+                                int64_t width, int64_t begin, int64_t end) {
     BARRIER;
     for (int64_t i = 0; i < width; i += STEP)
         for (int64_t k = 0; k < PANELS * SIDE; k += STEP)
-            add_product(t[k / ROWS][i].x + k % ROWS, left + i / SIDE * panel, right + k / SIDE * panel, panel, steps);
+            add_product(t[k / ROWS][i].x + k % ROWS, left + i / SIDE * left_panel + begin, left_panel,
+                        right + k / SIDE * right_panel + begin, right_panel, (end - begin) / STEP);
     BARRIER;
+}
+
+/* Four lines, from column `at` on, as part of a right matrix. */
+static inline void pack_leaf(Pairs *packed, int64_t panel, int64_t at, const Line *leaf) {
+    for (int i = 0; i < VECTORS; i++) {
+        Pairs *to = packed + i * panel + at / STEP * STEP + at % STEP / 2;
+        for (int k = 0; k < LEAF / 2; k++) split(leaf[2 * k].v[i], leaf[2 * k + 1].v[i], to + k, to + SIDE + k);
+    }
+}
+
+/* Rows that a subtile has of the `count` of its tile. */
+static inline int64_t rows_of(int64_t sub, int64_t count) {
+    int64_t left = count - sub * ROWS;
+    return left < 0 ? 0 : left > ROWS ? ROWS : left;
+}
+
+/* Of tile `index` of E times ceil(O / 128): where its rows lie. */
+typedef struct {
+    int64_t count, square, weights, scales, loss, packed, in_block; /* in_block: in [E, width, O] */
+} Place;
+
+static inline Place place_of(int64_t index, int64_t columns, int64_t rows, int64_t groups, int64_t width) {
+    int64_t height = PANELS * SIDE, tiles = (rows + height - 1) / height;
+    int64_t expert = index / tiles, row = index % tiles * height, count = rows - row;
+    return (Place){count < height ? count : height, expert * columns * columns, expert * columns * rows + row,
+                   expert * groups * rows + row, expert * rows + row, index * PANELS * columns,
+                   expert * width * rows + row};
 }
 
 EACH_KIND walk_tile(const float *restrict w, const float *restrict step, const float *restrict zero,
@@ -336,72 +373,185 @@ EACH_KIND walk_tile(const float *restrict w, const float *restrict step, const f
                     const int32_t *restrict order, float *restrict value, float *restrict loss, Pairs *restrict errors,
                     int64_t columns, int64_t rows, int64_t group, int64_t count, Grid grid, int is_float,
                     int has_zero) {
-    int64_t panel = columns; /* lines: columns / STEP steps of STEP lines */
-    Line t[SUBTILES][COLUMNS], total[SUBTILES] = {0};
+    Lines t;
+    Line total[SUBTILES] = {0};
     for (int64_t start = 0; start < columns; start += COLUMNS) {
         int64_t width = columns - start < COLUMNS ? columns - start : COLUMNS;
         for (int64_t sub = 0; sub < SUBTILES; sub++)
-            for (int64_t j = 0; j < width; j++) {
-                int64_t here = count - sub * ROWS;
-                here = here < 0 ? 0 : here > ROWS ? ROWS : here;
-                load(t[sub] + j, w + order[start + j] * rows + sub * ROWS, 0, 1, here);
-            }
-        add_products(t, packed + start / SIDE * panel, errors, panel, width, start / STEP);
-        for (int64_t sub = 0; sub < SUBTILES && sub * ROWS < count; sub++) {
-            int64_t here = count - sub * ROWS < ROWS ? count - sub * ROWS : ROWS;
+            for (int64_t j = 0; j < width; j++)
+                load(t[sub] + j, w + order[start + j] * rows + sub * ROWS, 0, 1, rows_of(sub, count));
+        add_products(t, packed + start / SIDE * columns, columns, errors, columns, width, 0, start);
+        for (int64_t sub = 0; sub < SUBTILES; sub++) {
+            int64_t here = rows_of(sub, count), from = sub * ROWS;
             Line moved[LEAF] = {0}, sum = {0};
             for (int64_t leaf = 0; leaf < width; leaf += LEAF) {
-                int64_t end = leaf + LEAF, next = end + LEAF < width ? end + LEAF : width;
+                int64_t end = leaf + LEAF, next = end < width ? end + LEAF : width;
                 for (int64_t j = end; j < next; j++) {
-                    int64_t column = order[start + j], at = column * rows + sub * ROWS;
-                    fetch(value + at, 0, 0, 1, here);
-                    fetch(step + column / group * rows + sub * ROWS, 0, 0, 1, here);
+                    fetch(value + order[start + j] * rows + from, 0, 0, 1, here);
+                    fetch(step + order[start + j] / group * rows + from, 0, 0, 1, here);
                 }
                 for (int64_t j = leaf; j < end; j++) {
-                    int64_t column = order[start + j], at = column * rows + sub * ROWS;
-                    int64_t scale = column / group * rows + sub * ROWS;
-                    walk_column(t[sub] + j, moved + j - leaf, w + at, step + scale, has_zero ? zero + scale : 0, value + at,
-                                here, grid, is_float, has_zero);
-                    const float *reach = feedback + (start + j) * columns + start;
-                    spread(t[sub], reach, columns, moved + j - leaf, 1, j + 1, end);
+                    int64_t column = order[start + j], at = column * rows + from, scale = column / group * rows + from;
+                    walk_column(t[sub] + j, moved + j - leaf, w + at, step + scale, has_zero ? zero + scale : 0,
+                                value + at, here, grid, is_float, has_zero);
+                    spread(t[sub], feedback + (start + j) * columns + start, 0, moved + j - leaf, 1, j + 1, end);
                 }
                 spread(t[sub], feedback + (start + leaf) * columns + start, columns, moved, LEAF, end, width);
-                for (int i = 0; i < VECTORS; i++) {
-                    Pairs *to = errors + (sub * VECTORS + i) * panel + (start + leaf) / STEP * STEP + leaf % STEP / 2;
-                    for (int k = 0; k < LEAF / 2; k++)
-                        split(moved[2 * k].v[i], moved[2 * k + 1].v[i], to + k, to + SIDE + k);
-                }
+                pack_leaf(errors + sub * VECTORS * columns, columns, start + leaf, moved);
             }
             for (int64_t j = 0; j < width; j++)
                 for (int i = 0; i < VECTORS; i++) sum.v[i] += t[sub][j].v[i] * t[sub][j].v[i] * curvature[start + j];
             for (int i = 0; i < VECTORS; i++) total[sub].v[i] += sum.v[i];
         }
     }
-    for (int64_t r = 0; r < count; r++) loss[r] = total[r / ROWS].x[r % ROWS];
+    for (int64_t sub = 0; sub < SUBTILES; sub++)
+        memcpy(loss + sub * ROWS, total[sub].x, rows_of(sub, count) * sizeof(float));
 }
 
-/* The whole walk, tiles first … last of E times ceil(O / 128): values [E, I, O] in natural order and losses [E, O].
-   Weights [E, I, O] and scales [E, G, O] lie in natural order, the feedback, once more packed, in that of the walk. */
-int walk_all(const float *w, const float *step, const float *zero, const float *feedback, const Pairs *packed,
-             const float *curvature, const int32_t *order, float *value, float *loss, int64_t columns, int64_t rows,
-             int64_t groups, int64_t first, int64_t last, const Grid *grid) {
-    int64_t height = PANELS * SIDE, tiles = (rows + height - 1) / height;
-    size_t bytes = PANELS * columns * sizeof(Pairs);
-    Pairs *errors = aligned_alloc(sizeof(Pairs), bytes);
-    if (!errors) return 1;
-    memset(errors, 0, bytes); /* rows that there are not */
+/* The whole walk: values [E, I, O] in natural order and losses [E, O]. Weights [E, I, O] and scales [E, G, O] lie in
+   natural order, the feedback, once more packed, in that of the walk. `errors` has room for those of all tiles; each
+   call uses its first's for all of its own, which stays in the cache. */
+void walk_all(const float *w, const float *step, const float *zero, const float *feedback, const Pairs *packed,
+              const float *curvature, const int32_t *order, float *value, float *loss, Pairs *errors, int64_t columns,
+              int64_t rows, int64_t groups, int64_t first, int64_t last, const Grid *grid) {
     configure_tiles();
+    errors += first * PANELS * columns;
     for (int64_t index = first; index < last; index++) {
-        int64_t expert = index / tiles, row = index % tiles * height, count = rows - row < height ? rows - row : height;
-        int64_t of_weights = expert * columns * rows + row, of_scales = expert * groups * rows + row;
-        int64_t square = expert * columns * columns;
-        BY_KIND(walk_tile, w + of_weights, step + of_scales, zero ? zero + of_scales : 0, feedback + square,
-                packed + square / SIDE, curvature + expert * columns, order + expert * columns,
-                value + of_weights, loss + expert * rows + row, errors, columns, rows, columns / groups, count, *grid)
+        Place at = place_of(index, columns, rows, groups, 0);
+        int64_t expert = at.square / columns / columns;
+        BY_KIND(walk_tile, w + at.weights, step + at.scales, zero ? zero + at.scales : 0, feedback + at.square,
+                packed + at.square / SIDE, curvature + expert * columns, order + expert * columns, value + at.weights,
+                loss + at.loss, errors, columns, rows, columns / groups, at.count, *grid)
     }
     _tile_release();
-    free(errors);
-    return 0;
+}
+
+/* What is left of weights, w - v * step, as a right matrix: columns start … start + width. */
+void pack_rest(const float *w, const float *step, const float *value, Pairs *rest, int64_t columns, int64_t rows,
+               int64_t groups, int64_t start, int64_t width, int64_t first, int64_t last) {
+    int64_t group = columns / groups;
+    for (int64_t index = first; index < last; index++) {
+        Place at = place_of(index, columns, rows, groups, 0);
+        for (int64_t sub = 0; sub < SUBTILES; sub++) {
+            int64_t here = rows_of(sub, at.count);
+            Line e[LEAF] = {0};
+            for (int64_t leaf = start; leaf < start + width; leaf += LEAF) {
+                for (int64_t j = leaf; j < leaf + LEAF; j++) {
+                    int64_t from = at.weights + j * rows + sub * ROWS, scale = at.scales + j / group * rows + sub * ROWS;
+                    for (int64_t r = 0; r < here; r++) e[j - leaf].x[r] = w[from + r] - value[from + r] * step[scale + r];
+                }
+                pack_leaf(rest + at.packed + sub * VECTORS * columns, columns, leaf, e);
+            }
+        }
+    }
+}
+
+/* sum[r] += Σ_j (w - v * step) * t, or Σ_j v * t without w. */
+static inline void add_weighted(float *restrict sum, Lines t, const float *restrict w, const float *restrict step,
+                                const float *restrict value, int64_t rows, int64_t group, int64_t start, int64_t width,
+                                int64_t count) {
+    for (int64_t sub = 0; sub < SUBTILES; sub++) {
+        int64_t here = rows_of(sub, count);
+        Line total = {0};
+        for (int64_t j = 0; j < width; j++) {
+            int64_t at = (start + j) * rows + sub * ROWS, scale = (start + j) / group * rows + sub * ROWS;
+            for (int64_t r = 0; r < here; r++) {
+                float x = w ? w[at + r] - value[at + r] * step[scale + r] : value[at + r];
+                total.x[r] += x * t[sub][j].x[r];
+            }
+        }
+        for (int64_t r = 0; r < here; r++) sum[sub * ROWS + r] += total.x[r];
+    }
+}
+
+/* The gradient H (w - v * step) [E, width, O] of the columns start … start + width; where asked for H v of the columns
+   among themselves (`curved`), the sums of v times either [E, O], and the loss, of which each call adds its columns'
+   share, all columns being as they are in the first call when their own is made. */
+void gradient_block(const float *w, const float *step, const float *value, const Pairs *packed, const Pairs *rest,
+                    float *gradient, float *curved, float *slope, float *curve, float *loss, int64_t columns,
+                    int64_t rows, int64_t groups, int64_t start, int64_t width, int64_t first, int64_t last) {
+    int64_t group = columns / groups, stop = start + width;
+    configure_tiles();
+    for (int64_t index = first; index < last; index++) {
+        Place at = place_of(index, columns, rows, groups, width);
+        const Pairs *left = packed + at.square / SIDE + start / SIDE * columns, *right = rest + at.packed;
+        Lines t = {0};
+        if (loss) {
+            int64_t ends[] = {columns, stop, start, 0};
+            for (int i = 0; i < 3; i++) {
+                add_products(t, left, columns, right, columns, width, ends[i + 1], ends[i]);
+                if (i < 2)
+                    add_weighted(loss + at.loss, t, w + at.weights, step + at.scales, value + at.weights, rows, group,
+                                 start, width, at.count);
+            }
+        } else add_products(t, left, columns, right, columns, width, 0, columns);
+        for (int64_t sub = 0; sub < SUBTILES; sub++)
+            store(gradient + at.in_block + sub * ROWS, t[sub], rows, width, rows_of(sub, at.count));
+        if (!curved) continue;
+        add_weighted(slope + at.loss, t, 0, step, value + at.weights, rows, group, start, width, at.count);
+        Pairs own[PANELS * COLUMNS];
+        for (int64_t sub = 0; sub < SUBTILES; sub++)
+            for (int64_t j = 0; j < width; j += LEAF) {
+                Line v[LEAF];
+                load(v, value + at.weights + (start + j) * rows + sub * ROWS, rows, LEAF, rows_of(sub, at.count));
+                pack_leaf(own + sub * VECTORS * width, width, j, v);
+            }
+        memset(t, 0, sizeof t);
+        add_products(t, left + start, columns, own, width, width, 0, width);
+        for (int64_t sub = 0; sub < SUBTILES; sub++)
+            store(curved + at.in_block + sub * ROWS, t[sub], rows, width, rows_of(sub, at.count));
+        add_weighted(curve + at.loss, t, 0, step, value + at.weights, rows, group, start, width, at.count);
+    }
+    _tile_release();
+}
+
+EACH_KIND descend_tile(const float *restrict w, const float *restrict step, const float *restrict zero,
+                       float *restrict value, const float *restrict h, Pairs *restrict rest,
+                       const float *restrict gradient, const float *restrict curved, const float *restrict less,
+                       float *restrict loss, int64_t columns, int64_t rows, int64_t group, int64_t start,
+                       int64_t width, int64_t count, Grid grid, int is_float, int has_zero) {
+    const float *reach = h + start * columns + start;
+    for (int64_t sub = 0; sub < SUBTILES; sub++) {
+        int64_t here = rows_of(sub, count), from = sub * ROWS;
+        Line t[COLUMNS], moved[LEAF] = {0}, e[LEAF] = {0}, change = {0};
+        load(t, gradient + from, rows, width, here);
+        if (less)
+            for (int64_t j = 0; j < width; j++)
+                for (int64_t r = 0; r < here; r++) t[j].x[r] += curved[j * rows + from + r] * less[from + r];
+        for (int64_t leaf = 0; leaf < width; leaf += LEAF) {
+            int64_t end = leaf + LEAF, next = end < width ? end + LEAF : width;
+            fetch(w + start * rows + from, rows, end, next, here);
+            fetch(value + start * rows + from, rows, end, next, here);
+            for (int64_t j = leaf; j < end; j++) {
+                int64_t at = (start + j) * rows + from, scale = (start + j) / group * rows + from;
+                float h_jj = reach[j * columns + j];
+                Line q, *by = moved + j - leaf;
+                for (int64_t r = 0; r < here; r++) q.x[r] = value[at + r] * step[scale + r];
+                descend_column(t + j, by, q.x, 1 / h_jj, step + scale, has_zero ? zero + scale : 0, value + at, here,
+                               grid, is_float, has_zero);
+                for (int64_t r = 0; r < here; r++) e[j - leaf].x[r] = w[at + r] - q.x[r];
+                for (int i = 0; i < VECTORS; i++) change.v[i] += by->v[i] * (2 * t[j].v[i] + by->v[i] * h_jj);
+                spread(t, reach + j * columns, 0, by, 1, j + 1, end);
+            }
+            spread(t, reach + leaf * columns, columns, moved, LEAF, end, width);
+            pack_leaf(rest + sub * VECTORS * columns, columns, start + leaf, e);
+        }
+        for (int64_t r = 0; r < here; r++) loss[from + r] += change.x[r];
+    }
+}
+
+/* Coordinate descent over the same columns, from their gradient, to which `less` times `curved` is added where scales
+   have become less; what it changes is added to the loss. */
+void descend_tiles(const float *w, const float *step, const float *zero, float *value, const float *h, Pairs *rest,
+                   const float *gradient, const float *curved, const float *less, float *loss, int64_t columns,
+                   int64_t rows, int64_t groups, int64_t start, int64_t width, int64_t first, int64_t last,
+                   const Grid *grid) {
+    for (int64_t index = first; index < last; index++) {
+        Place at = place_of(index, columns, rows, groups, width);
+        BY_KIND(descend_tile, w + at.weights, step + at.scales, zero ? zero + at.scales : 0, value + at.weights,
+                h + at.square, rest + at.packed, gradient + at.in_block, less ? curved + at.in_block : 0,
+                less ? less + at.loss : 0, loss + at.loss, columns, rows, columns / groups, start, width, at.count, *grid)
+    }
 }
 
 #endif

@@ -15,9 +15,10 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -33,14 +34,14 @@ if TYPE_CHECKING:
     from alphaquant.solver.gptq import Columns
     from alphaquant.solver.scales import Scales
 
-__all__ = ["descend_block", "has_tiles", "is_available", "packed", "rounding_errors", "walk", "walk_block"]
+__all__ = ["descend_block", "has_tiles", "is_available", "packed", "Rest", "rounding_errors", "walk", "walk_block"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _COMPILERS = ("cc", "gcc", "clang")
 # without contraction a product and a sum are rounded one by one, as in torch
 _FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")
 _ROWS, _COLUMNS = 64, 128  # of a tile, as in native.c
-_TILE_ROWS, _STEP, _PANEL = 128, 32, 16  # of what works in tiles of bf16, as there
+_TILE_ROWS, STEP, _PANEL = 128, 32, 16  # of what works in tiles of bf16, as there
 _ITEM = 4  # bytes of all numbers
 _WORTH_A_THREAD = 1 << 17  # nanoseconds of work, about: with less, starting one takes longer than it saves
 _WALK, _ROUNDING = 4, 1  # nanoseconds a weight
@@ -103,7 +104,7 @@ def descend_block(
 
 @cache
 def has_tiles() -> bool:
-    """Whether products go through tiles of bf16 (Intel AMX), and the kernel grants them."""
+    """Whether products go through tiles of bf16 (Intel AMX): the compiler knows them and the kernel grants them."""
     request = getattr(_library(), "request_tiles", None)
     return request is not None and request() == 0
 
@@ -112,42 +113,126 @@ def packed(x_EII: Tensor, *, is_upper: bool = False) -> Tensor | None:
     """The transposes of matrices for products in tiles; None where there are none, or the size does not fit them.
 
     Args:
-        x_EII: of which the transpose is multiplied from the left.
+        x_EII: whose transposes are to be multiplied by others.
         is_upper: only entries above the diagonal are packed.
+
+    Returns:
+        Halves in bf16 in the tiles' order, two in the place of a float.
     """
     num_experts, size, _ = x_EII.shape
-    if not has_tiles() or size % _STEP:
+    # a single block has nothing before it
+    if size % STEP or size <= _COLUMNS or not has_tiles():
         return None
     packed_EII = torch.empty_like(x_EII)
-    panels = num_experts * size // _PANEL
-    _run("pack_transposed", (x_EII, packed_EII), (size, is_upper), panels, _PANEL * size, None)
+    _run("pack_transposed", (x_EII, packed_EII), (size, is_upper), num_experts * size // _PANEL, _PANEL * size, None)
     return packed_EII
 
 
-def walk(w_EIO: Tensor, scales: Scales, factor: Factor, packed_EII: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """GPTQ over all columns; see `gptq.solve`.
+def walk(w_EIO: Tensor, scales: Scales, factor: Factor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """GPTQ over all columns, by products in tiles; see `gptq.solve`.
 
     Args:
         w_EIO: weights in natural order of columns.
         scales: of their groups.
-        factor: of the inputs' Hessians.
-        packed_EII: its feedback, packed.
+        factor: of the inputs' Hessians, packed.
         fmt: number format.
 
     Returns:
         Grid values `[E, I, O]` in natural order, and the loss `[E, O]`.
     """
+    assert factor.packed_EII is not None
     num_experts, size, num_rows = w_EIO.shape
-    step_EGO = scales.effective().transpose(1, 2).contiguous()
-    zero_EGO = None if scales.zero is None else scales.zero.float().transpose(1, 2).contiguous()
+    step_EGO, zero_EGO = _groups_first(scales)
     value_EIO, loss_EO = torch.empty_like(w_EIO), w_EIO.new_empty(num_experts, num_rows)
-    given = (w_EIO, step_EGO, zero_EGO, factor.feedback_EII, packed_EII, factor.curvature_EI, factor.order_EI.int())
-    num_tiles = num_experts * -(-num_rows // _TILE_ROWS)
-    sizes = (size, num_rows, step_EGO.shape[1])
-    cost = size * _TILE_ROWS * _WALK
-    grid = Grid.of(fmt, has_zero=zero_EGO is not None)
-    _run("walk_all", (*given, value_EIO, loss_EO), sizes, num_tiles, cost, grid)
+    order_EI = factor.order_EI.int()
+    given = (w_EIO, step_EGO, zero_EGO, factor.feedback_EII, factor.packed_EII, factor.curvature_EI, order_EI)
+    tensors = (*given, value_EIO, loss_EO, _room_for(w_EIO))
+    _over_high_tiles("walk_all", tensors, w_EIO, (step_EGO.shape[1],), size * _WALK, fmt, has_zero=zero_EGO is not None)
     return value_EIO, loss_EO
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rest:
+    """Weights under refinement by products in tiles, and what is left of them, packed: `w - v * step`.
+
+    Attributes:
+        w_EIO: the weights.
+        value_EIO: grid values, changed in place.
+        step_EGO: steps of groups, changed by the caller, who then packs the group's columns anew.
+        zero_EGO: zero points.
+        h_EII: Hessians.
+        packed_EII: packed.
+        rest_EOI: what is left, packed.
+        fmt: number format.
+    """
+
+    w_EIO: Tensor
+    value_EIO: Tensor
+    step_EGO: Tensor
+    zero_EGO: Tensor | None
+    h_EII: Tensor
+    packed_EII: Tensor
+    rest_EOI: Tensor
+    fmt: Format
+
+    @classmethod
+    def of(
+        cls, w_EIO: Tensor, value_EIO: Tensor, scales: Scales, h_EII: Tensor, packed_EII: Tensor, fmt: Format
+    ) -> Rest:
+        """With all columns packed."""
+        rest = cls(w_EIO, value_EIO, *_groups_first(scales), h_EII, packed_EII, _room_for(w_EIO), fmt)
+        rest.pack(slice(0, w_EIO.shape[1]))
+        return rest
+
+    def pack(self, cut: slice) -> None:
+        """Pack what is left of the columns of `cut`."""
+        tensors = (self.w_EIO, self.step_EGO, self.value_EIO, self.rest_EOI)
+        self._run("pack_rest", tensors, cut, 1)
+
+    def gradient(self, cut: slice, loss_EO: Tensor | None, *, fits: bool) -> Gradient:
+        """`H (W - Q)` of the columns of `cut`; their share of the loss is added to `loss`.
+
+        The shares of all columns, from the first to the last, are the loss that there was before the first.
+        """
+        num_experts, _, num_rows = self.w_EIO.shape
+        slope_EBO = self.w_EIO.new_empty(num_experts, cut.stop - cut.start, num_rows)
+        found = Gradient(slope_EBO, *((None,) * 3))
+        if fits:
+            sums_2EO = slope_EBO.new_zeros(2, num_experts, num_rows)
+            found = Gradient(slope_EBO, torch.empty_like(slope_EBO), *sums_2EO)
+        given = (self.w_EIO, self.step_EGO, self.value_EIO, self.packed_EII, self.rest_EOI)
+        self._run("gradient_block", (*given, *found, loss_EO), cut, self.w_EIO.shape[1] // 64)
+        return found
+
+    def descend(self, cut: slice, gradient: Gradient, less_EO: Tensor | None, loss_EO: Tensor) -> None:
+        """Coordinate descent over the columns of `cut`, after their scale has become `less`."""
+        given = (self.w_EIO, self.step_EGO, self.zero_EGO, self.value_EIO, self.h_EII, self.rest_EOI)
+        tensors = (*given, gradient.gradient_EBO, gradient.curved_EBO, less_EO, loss_EO)
+        self._run("descend_tiles", tensors, cut, _WALK, self.fmt)
+
+    def _run(self, name: str, tensors: Sequence[Tensor | None], cut: slice, cost: int, fmt: Format | None = None) -> None:
+        width = cut.stop - cut.start
+        sizes = (self.step_EGO.shape[1], cut.start, width)
+        _over_high_tiles(name, tensors, self.w_EIO, sizes, width * cost, fmt, has_zero=self.zero_EGO is not None)
+
+
+class Gradient(NamedTuple):
+    """Of a group's columns `[E, B, O]`, and what its scale is fitted by: `H v` within it, and the sums of `v` times either."""
+
+    gradient_EBO: Tensor
+    curved_EBO: Tensor | None
+    slope_EO: Tensor | None
+    curve_EO: Tensor | None
+
+
+def _groups_first(scales: Scales) -> tuple[Tensor, Tensor | None]:
+    zero = None if scales.zero is None else scales.zero.float().transpose(1, 2).contiguous()
+    return scales.effective().transpose(1, 2).contiguous(), zero
+
+
+def _room_for(w_EIO: Tensor) -> Tensor:
+    num_experts, size, num_rows = w_EIO.shape
+    return w_EIO.new_empty(num_experts, -(-num_rows // _TILE_ROWS) * _TILE_ROWS, size)
 
 
 def rounding_errors(
@@ -173,6 +258,23 @@ def _over_tiles(name: str, tensors: Sequence[Tensor | None], columns: Columns, c
     grid = Grid.of(fmt, has_zero=columns.zero_EIO is not None)
     num_tiles = num_experts * -(-num_rows // _ROWS)
     _run(name, tensors, (num_columns, num_rows, cut.start, width), num_tiles, width * _ROWS * _WALK, grid)
+
+
+def _over_high_tiles(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    w_EIO: Tensor,
+    sizes: Sequence[int],
+    cost: int,
+    fmt: Format | None,
+    *,
+    has_zero: bool,
+) -> None:
+    """The same for tiles of 128 rows; `cost` nanoseconds a row."""
+    num_experts, size, num_rows = w_EIO.shape
+    num_tiles = num_experts * -(-num_rows // _TILE_ROWS)
+    grid = None if fmt is None else Grid.of(fmt, has_zero=has_zero)
+    _run(name, tensors, (size, num_rows, *sizes), num_tiles, cost * _TILE_ROWS, grid)
 
 
 def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], total: int, cost: int, grid: Grid | None) -> None:

@@ -6,11 +6,12 @@ Both lower `tr((W - Q) H (W - Q)ᵀ)` step by step. Shapes as in `gptq`: columns
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from alphaquant.formats import ScaleKind, decode, pool_rows, round_scale
+from alphaquant.solver import native
 from alphaquant.solver.backend import Backend, kernels_for
 from alphaquant.solver.gptq import Columns, Solution, encode_grouped
 from alphaquant.solver.scales import Scales
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from alphaquant.formats import QuantizedTensor
+    from alphaquant.formats import QuantizedTensor, Scheme
 
     Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,6 +39,7 @@ def refine(
     *,
     sweeps: int,
     backend: Backend = Backend.AUTO,
+    packed_EII: Tensor | None = None,
 ) -> Solution:
     """So many sweeps over the groups: refit the scale to the codes, where the format allows it, then the codes.
 
@@ -52,7 +54,11 @@ def refine(
         solution: where to start from; its loss is computed anew.
         sweeps: passes over all groups.
         backend: what descends over the columns of a block.
+        packed_EII: the Hessians for products in tiles, where they are faster; see `native.packed`.
     """
+    in_tiles = _InTiles.of(w_EOI, h_EII, solution.quantized, packed_EII)
+    if in_tiles is not None and sweeps:
+        return in_tiles.refined(sweeps)
     state = _State.of(w_EOI, h_EII, solution.quantized)
     loss_EO = ((state.columns.w_EIO - state.q_EIO) * state.gradient_EIO).sum(1)
     kernels = kernels_for(w_EOI, backend)
@@ -69,9 +75,16 @@ def refine(
 
 
 def refit_scales(
-    w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor, product: Product = torch.bmm
+    w_EOI: Tensor,
+    h_EII: Tensor,
+    quantized: QuantizedTensor,
+    product: Product = torch.bmm,
+    packed_EII: Tensor | None = None,
 ) -> QuantizedTensor:
     """Group by group the scale of least loss for the codes as they are, rounded to its storage type."""
+    in_tiles = _InTiles.of(w_EOI, h_EII, quantized, packed_EII)
+    if in_tiles is not None:
+        return in_tiles.refitted()
     state = _State.of(w_EOI, h_EII, quantized, product)
     for cut in state.cuts():
         moved_EBO = torch.zeros_like(state.gradient_EIO[:, cut])
@@ -132,24 +145,12 @@ class _State:
         old_EO, value_EBO = self.scale_EGO[:, group], self.value_EIO[:, cut]
         curved_EBO = torch.bmm(self.h_EII[:, cut, cut], value_EBO)
         slope_EO, curve_EO = (value_EBO * local_EBO).sum(1), (value_EBO * curved_EBO).sum(1)
-        all_curve_EO = self.pooled(curve_EO)
-        wanted_EO = old_EO + torch.where(all_curve_EO > 0, self.pooled(slope_EO) / all_curve_EO, 0.0)
-        # a fit to a few codes may ask for a sign change or a blow-up: the codes would no longer be the nearest ones
-        wanted_EO = torch.where((wanted_EO / old_EO - 1).abs() < 0.5, wanted_EO, old_EO)
-        new_EO = round_scale(wanted_EO, self.start.scheme)
-        less_EO = old_EO - new_EO
-        change_EO = less_EO * (2 * slope_EO + less_EO * curve_EO)
-        is_better_EO = self.pooled(change_EO) < 0
-        new_EO, less_EO = torch.where(is_better_EO, new_EO, old_EO), torch.where(is_better_EO, less_EO, 0.0)
+        new_EO, less_EO, change_EO = _fitted(old_EO, slope_EO, curve_EO, self.start.scheme)
         moved_EBO.addcmul_(value_EBO, less_EO[:, None])
         local_EBO.addcmul_(curved_EBO, less_EO[:, None])
         self.scale_EGO[:, group], self.columns.step_EIO[:, cut] = new_EO, new_EO[:, None]
         torch.mul(value_EBO, new_EO[:, None], out=self.q_EIO[:, cut])
-        return torch.where(is_better_EO, change_EO, 0.0)
-
-    def pooled(self, x_EO: Tensor) -> Tensor:
-        """Sums over the rows that share scales, in each of their places."""
-        return pool_rows(x_EO[..., None], self.start.scheme)[..., 0]
+        return change_EO
 
     def descend(self, cut: slice, local_EBO: Tensor, moved_EBO: Tensor, kernels: ModuleType | None) -> Tensor:
         """Every code of the columns in turn becomes the best one given all others; what that changes the loss by.
@@ -195,6 +196,76 @@ class _State:
         """Codes and scales as they are now."""
         codes = encode_grouped(self.value_EIO.transpose(1, 2), self.start.zero, self.start.scheme)
         return replace(self.start, codes=codes, scale=self.scale_EGO.transpose(1, 2).contiguous())
+
+
+class _InTiles(NamedTuple):
+    """The same by products in tiles: a gradient is made when it is asked for, from what is left of all columns."""
+
+    start: QuantizedTensor
+    rest: native.Rest
+    cuts: list[slice]
+    fits: bool
+
+    @classmethod
+    def of(
+        cls, w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor, packed_EII: Tensor | None
+    ) -> _InTiles | None:
+        """None where the columns that are changed together are no tiles."""
+        fits, size = quantized.scheme.format.scale is ScaleKind.MODEL, w_EOI.shape[2]
+        width = size // quantized.scale.shape[2] if fits else _BLOCK
+        if packed_EII is None or width > _BLOCK or width % native.STEP:
+            return None
+        scales = Scales(quantized.scale, quantized.zero, quantized.global_scale)
+        w_EIO, value_EIO = w_EOI.transpose(1, 2).float().contiguous(), _values(quantized).transpose(1, 2).contiguous()
+        rest = native.Rest.of(w_EIO, value_EIO, scales, h_EII, packed_EII, quantized.scheme.format)
+        return cls(quantized, rest, [slice(at, min(at + width, size)) for at in range(0, size, width)], fits)
+
+    def refined(self, sweeps: int) -> Solution:
+        loss_EO = self.rest.w_EIO.new_zeros(self.start.scale.shape[:2])
+        for sweep in range(sweeps):
+            for cut in self.cuts:
+                gradient = self.rest.gradient(cut, None if sweep else loss_EO, fits=self.fits)
+                less_EO = self._fit(cut, gradient, loss_EO) if self.fits else None
+                self.rest.descend(cut, gradient, less_EO, loss_EO)
+        codes = encode_grouped(self.rest.value_EIO.transpose(1, 2), self.start.zero, self.start.scheme)
+        return Solution(replace(self.start, codes=codes, scale=self._scale()), loss_EO)
+
+    def refitted(self) -> QuantizedTensor:
+        for cut in self.cuts:
+            self._fit(cut, self.rest.gradient(cut, None, fits=True), None)
+            self.rest.pack(cut)
+        return replace(self.start, scale=self._scale())
+
+    def _fit(self, cut: slice, gradient: native.Gradient, loss_EO: Tensor | None) -> Tensor:
+        step_EO = self.rest.step_EGO[:, cut.start // (cut.stop - cut.start)]
+        new_EO, less_EO, change_EO = _fitted(step_EO, gradient.slope_EO, gradient.curve_EO, self.start.scheme)
+        step_EO.copy_(new_EO)
+        if loss_EO is not None:
+            loss_EO += change_EO
+        return less_EO
+
+    def _scale(self) -> Tensor:
+        return self.rest.step_EGO.transpose(1, 2).contiguous() if self.fits else self.start.scale
+
+
+def _fitted(old_EO: Tensor, slope_EO: Tensor, curve_EO: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """The best scale of a group given its sums, by how much it is less than the old one, and the change of the loss.
+
+    Rows that share a scale share the sums that decide about it: their losses add up.
+    """
+
+    def pooled(x_EO: Tensor) -> Tensor:
+        return pool_rows(x_EO[..., None], scheme)[..., 0]
+
+    all_curve_EO = pooled(curve_EO)
+    wanted_EO = old_EO + torch.where(all_curve_EO > 0, pooled(slope_EO) / all_curve_EO, 0.0)
+    # a fit to a few codes may ask for a sign change or a blow-up: the codes would no longer be the nearest ones
+    wanted_EO = torch.where((wanted_EO / old_EO - 1).abs() < 0.5, wanted_EO, old_EO)
+    new_EO = round_scale(wanted_EO, scheme)
+    less_EO = old_EO - new_EO
+    change_EO = less_EO * (2 * slope_EO + less_EO * curve_EO)
+    is_better_EO = pooled(change_EO) < 0
+    return tuple(torch.where(is_better_EO, x, y) for x, y in ((new_EO, old_EO), (less_EO, 0.0), (change_EO, 0.0)))
 
 
 def _values(quantized: QuantizedTensor) -> Tensor:
