@@ -72,9 +72,7 @@ def damp(h_EII: Tensor, damping_E: Tensor) -> Tensor:
     return damped_EII
 
 
-def factorize(
-    h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True, backend: Backend = Backend.AUTO
-) -> Factor:
+def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True, backend: Backend = Backend.AUTO) -> Factor:
     """Factorise damped Hessians (GPTQ's matrix in the form of Chee et al. 2023, QuIP, eq. 3).
 
     Where the Cholesky fails, the damping is raised tenfold (to 1e-4 at least), up to four times; a Hessian that still
@@ -115,14 +113,14 @@ def factorize(
     del chol_EII
     root_EI = upper_EII.diagonal(dim1=1, dim2=2).clone()
     feedback_EII = upper_EII.div_(root_EI[:, None, :]).contiguous()
-    kernels = kernels_for(h_EII, backend)
+    pack = getattr(kernels_for(h_EII, backend), "packed", None)
     return Factor(
         feedback_EII=feedback_EII,
         curvature_EI=root_EI.square(),
         order_EI=order_EI,
         damping_E=damping_E,
         retries_E=retries_E,
-        packed_EII=kernels.packed(feedback_EII, is_upper=True) if hasattr(kernels, "packed") else None,
+        packed_EII=None if pack is None else pack(feedback_EII, is_upper=True),
     )
 
 

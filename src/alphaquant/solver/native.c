@@ -334,8 +334,8 @@ typedef Line Lines[SUBTILES][COLUMNS];
 static inline void add_products(Lines t, const Pairs *left, int64_t left_panel, const Pairs *right, int64_t right_panel,
                                 int64_t width, int64_t begin, int64_t end) {
     BARRIER;
-    for (int64_t i = 0; i < width; i += STEP)
-        for (int64_t k = 0; k < PANELS * SIDE; k += STEP)
+    for (int64_t k = 0; k < PANELS * SIDE; k += STEP)
+        for (int64_t i = 0; i < width; i += STEP)
             add_product(t[k / ROWS][i].x + k % ROWS, left + i / SIDE * left_panel + begin, left_panel,
                         right + k / SIDE * right_panel + begin, right_panel, (end - begin) / STEP);
     BARRIER;

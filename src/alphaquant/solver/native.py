@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from alphaquant.solver.gptq import Columns
     from alphaquant.solver.scales import Scales
 
-__all__ = ["descend_block", "has_tiles", "is_available", "packed", "Rest", "rounding_errors", "walk", "walk_block"]
+__all__ = ["Rest", "descend_block", "has_tiles", "is_available", "packed", "rounding_errors", "walk", "walk_block"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -45,6 +45,7 @@ _TILE_ROWS, STEP, _PANEL = 128, 32, 16  # of what works in tiles of bf16, as the
 _ITEM = 4  # bytes of all numbers
 _WORTH_A_THREAD = 1 << 17  # nanoseconds of work, about: with less, starting one takes longer than it saves
 _WALK, _ROUNDING = 4, 1  # nanoseconds a weight
+_PRODUCT = 128  # terms of a product in tiles a nanosecond
 
 
 class _Grid(ctypes.Structure):
@@ -151,6 +152,22 @@ def walk(w_EIO: Tensor, scales: Scales, factor: Factor, fmt: Format) -> tuple[Te
     return value_EIO, loss_EO
 
 
+class Gradient(NamedTuple):
+    """The gradient of some columns, `[E, B, O]`, and what their scale is fitted by.
+
+    Attributes:
+        gradient_EBO: `H (W - Q)`.
+        curved_EBO: `H v` of these columns among themselves.
+        slope_EO: the sums of grid values times the gradient.
+        curve_EO: their sums times `curved`.
+    """
+
+    gradient_EBO: Tensor
+    curved_EBO: Tensor | None = None
+    slope_EO: Tensor | None = None
+    curve_EO: Tensor | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rest:
     """Weights under refinement by products in tiles, and what is left of them, packed: `w - v * step`.
@@ -194,14 +211,15 @@ class Rest:
 
         The shares of all columns, from the first to the last, are the loss that there was before the first.
         """
-        num_experts, _, num_rows = self.w_EIO.shape
-        slope_EBO = self.w_EIO.new_empty(num_experts, cut.stop - cut.start, num_rows)
-        found = Gradient(slope_EBO, *((None,) * 3))
+        num_experts, size, num_rows = self.w_EIO.shape
+        gradient_EBO = self.w_EIO.new_empty(num_experts, cut.stop - cut.start, num_rows)
+        found = Gradient(gradient_EBO)
         if fits:
-            sums_2EO = slope_EBO.new_zeros(2, num_experts, num_rows)
-            found = Gradient(slope_EBO, torch.empty_like(slope_EBO), *sums_2EO)
+            found = Gradient(
+                gradient_EBO, torch.empty_like(gradient_EBO), *gradient_EBO.new_zeros(2, num_experts, num_rows)
+            )
         given = (self.w_EIO, self.step_EGO, self.value_EIO, self.packed_EII, self.rest_EOI)
-        self._run("gradient_block", (*given, *found, loss_EO), cut, self.w_EIO.shape[1] // 64)
+        self._run("gradient_block", (*given, *found, loss_EO), cut, size // _PRODUCT)
         return found
 
     def descend(self, cut: slice, gradient: Gradient, less_EO: Tensor | None, loss_EO: Tensor) -> None:
@@ -210,19 +228,12 @@ class Rest:
         tensors = (*given, gradient.gradient_EBO, gradient.curved_EBO, less_EO, loss_EO)
         self._run("descend_tiles", tensors, cut, _WALK, self.fmt)
 
-    def _run(self, name: str, tensors: Sequence[Tensor | None], cut: slice, cost: int, fmt: Format | None = None) -> None:
+    def _run(
+        self, name: str, tensors: Sequence[Tensor | None], cut: slice, cost: int, fmt: Format | None = None
+    ) -> None:
         width = cut.stop - cut.start
         sizes = (self.step_EGO.shape[1], cut.start, width)
         _over_high_tiles(name, tensors, self.w_EIO, sizes, width * cost, fmt, has_zero=self.zero_EGO is not None)
-
-
-class Gradient(NamedTuple):
-    """Of a group's columns `[E, B, O]`, and what its scale is fitted by: `H v` within it, and the sums of `v` times either."""
-
-    gradient_EBO: Tensor
-    curved_EBO: Tensor | None
-    slope_EO: Tensor | None
-    curve_EO: Tensor | None
 
 
 def _groups_first(scales: Scales) -> tuple[Tensor, Tensor | None]:
@@ -277,7 +288,9 @@ def _over_high_tiles(
     _run(name, tensors, (size, num_rows, *sizes), num_tiles, cost * _TILE_ROWS, grid)
 
 
-def _run(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], total: int, cost: int, grid: Grid | None) -> None:
+def _run(
+    name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], total: int, cost: int, grid: Grid | None
+) -> None:
     """Call a function of the library for `total` parts of its work, shared by as many threads as torch has.
 
     A part takes about `cost` nanoseconds.

@@ -207,9 +207,7 @@ class _InTiles(NamedTuple):
     fits: bool
 
     @classmethod
-    def of(
-        cls, w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor, packed_EII: Tensor | None
-    ) -> _InTiles | None:
+    def of(cls, w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor, packed_EII: Tensor | None) -> _InTiles | None:
         """None where the columns that are changed together are no tiles."""
         fits, size = quantized.scheme.format.scale is ScaleKind.MODEL, w_EOI.shape[2]
         width = size // quantized.scale.shape[2] if fits else _BLOCK
@@ -237,6 +235,8 @@ class _InTiles(NamedTuple):
         return replace(self.start, scale=self._scale())
 
     def _fit(self, cut: slice, gradient: native.Gradient, loss_EO: Tensor | None) -> Tensor:
+        assert gradient.slope_EO is not None
+        assert gradient.curve_EO is not None
         step_EO = self.rest.step_EGO[:, cut.start // (cut.stop - cut.start)]
         new_EO, less_EO, change_EO = _fitted(step_EO, gradient.slope_EO, gradient.curve_EO, self.start.scheme)
         step_EO.copy_(new_EO)
@@ -265,7 +265,8 @@ def _fitted(old_EO: Tensor, slope_EO: Tensor, curve_EO: Tensor, scheme: Scheme) 
     less_EO = old_EO - new_EO
     change_EO = less_EO * (2 * slope_EO + less_EO * curve_EO)
     is_better_EO = pooled(change_EO) < 0
-    return tuple(torch.where(is_better_EO, x, y) for x, y in ((new_EO, old_EO), (less_EO, 0.0), (change_EO, 0.0)))
+    new_EO, less_EO = torch.where(is_better_EO, new_EO, old_EO), torch.where(is_better_EO, less_EO, 0.0)
+    return new_EO, less_EO, torch.where(is_better_EO, change_EO, 0.0)
 
 
 def _values(quantized: QuantizedTensor) -> Tensor:

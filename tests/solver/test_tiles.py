@@ -1,0 +1,167 @@
+"""Products in tiles of bf16 (Intel AMX), against the same in fp32; where there are no tiles, that there are none."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+
+from alphaquant import numerics
+from alphaquant.formats import FORMATS, Scheme, dequantize
+from alphaquant.solver import Backend, Effort, Outcome, Recipe, absmax_scales, damp, factorize, native, quantize_stack
+from alphaquant.solver.gptq import solve
+
+from . import oracle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+ENOUGH = torch.full((2,), 1e5)
+in_tiles = pytest.mark.skipif(not native.has_tiles(), reason="no AMX, or no compiler that knows it")
+
+
+def layer(rows: int = 200, columns: int = 416, experts: int = 2) -> tuple[Tensor, Tensor]:
+    """Weights and Hessians of inputs whose spectrum falls, as that of activations does; no whole number of blocks."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(columns // 4, columns, generator=generator) / torch.arange(1, columns // 4 + 1)[:, None] ** 0.5
+    x = torch.randn(experts, 2 * columns, columns // 4, generator=generator) @ mix
+    x += 0.1 * torch.randn(x.shape, generator=generator)
+    return oracle.weights(experts, rows, columns), x.transpose(1, 2) @ x / (2 * columns)
+
+
+@contextmanager
+def floats(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU without AMX."""
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "has_tiles", lambda: False)
+        patch.setattr(numerics, "_has_amx", lambda: False)
+        yield
+
+
+def alike(found: Outcome, truth: Outcome) -> float:
+    """The share of codes that are the same."""
+    return float((found.quantized.codes == truth.quantized.codes).float().mean())
+
+
+@in_tiles
+def test_a_gradient_has_more_digits_than_bf16() -> None:
+    w, h = layer()
+    packed = native.packed(h)
+    assert packed is not None
+    scheme = Scheme(FORMATS["int4"], 32)
+    scales = absmax_scales(w, scheme)
+    value = torch.randint(-8, 8, (2, 416, 200), generator=torch.Generator().manual_seed(0)).float()
+    rest = native.Rest.of(w.transpose(1, 2).contiguous(), value, scales, h, packed, scheme.format)
+    step = scales.scale.transpose(1, 2).repeat_interleave(32, 1).double()
+    left = w.transpose(1, 2).double() - value * step
+    loss = torch.zeros(2, 200)
+    for start in range(0, 416, 32):
+        cut = slice(start, start + 32)
+        found = rest.gradient(cut, loss, fits=True)
+        inner, v = h[:, cut, cut].double(), value[:, cut].double()
+        exact = (h[:, cut].double() @ left, inner @ v, (v * (h[:, cut].double() @ left)).sum(1), (v * (inner @ v)).sum(1))
+        # what products in bf16 would be wrong by is .2%
+        for one, truth in zip(found, exact, strict=True):
+            assert (one.double() - truth).norm() < 1e-5 * truth.norm()
+    truth = (left * (h.double() @ left)).sum(1)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+
+
+@in_tiles
+@pytest.mark.parametrize("act_order", [True, False], ids=["act order", "natural order"])
+def test_the_walk_is_that_in_fp32(act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    w, h = layer()
+    scheme = Scheme(FORMATS["int4"], 32)
+    damping, scales = torch.full((2,), 0.01), absmax_scales(w, scheme)
+    found = solve(w, factorize(h, damping, act_order=act_order), scheme, scales)
+    with floats(monkeypatch):
+        truth = solve(w, factorize(h, damping, act_order=act_order), scheme, scales)
+    assert (found.quantized.codes == truth.quantized.codes).float().mean() > 0.999
+    error = (w - dequantize(found.quantized)).double()
+    exact = ((error @ damp(h, damping).double()) * error).sum(-1)
+    torch.testing.assert_close(found.loss_EO.double(), exact, rtol=3e-4, atol=0)
+    torch.testing.assert_close(found.loss_EO.sum(), truth.loss_EO.sum(), rtol=1e-3, atol=0)
+
+
+@in_tiles
+@pytest.mark.parametrize("effort", list(Effort), ids=lambda effort: effort.value)
+def test_a_layer_has_the_codes_of_fp32(effort: Effort, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, h = layer(256, 768)
+    recipe = Recipe(effort=effort)
+    found = quantize_stack(w, h, ENOUGH, Scheme(FORMATS["int4"], 128), recipe)
+    with floats(monkeypatch):
+        truth = quantize_stack(w, h, ENOUGH, Scheme(FORMATS["int4"], 128), recipe)
+    assert native.packed(h) is not None
+    assert alike(found, truth) > 0.99
+    torch.testing.assert_close(found.loss_EO.sum(), truth.loss_EO.sum(), rtol=1e-3, atol=0)
+    error = (w - dequantize(found.quantized)).double()
+    exact = ((error @ damp(h, found.damping_E).double()) * error).sum(-1)
+    torch.testing.assert_close(found.loss_EO.double(), exact, rtol=3e-4, atol=0)
+    torch.testing.assert_close(found.loss_EO.double().sum(), exact.sum(), rtol=1e-5, atol=0)
+
+
+@in_tiles
+@pytest.mark.parametrize("scheme", oracle.all_schemes(-1, 32), ids=oracle.scheme_id)
+def test_every_format_goes_through_tiles(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, h = layer(256, 256)
+    assert native.packed(h) is not None
+    found = quantize_stack(w, h, ENOUGH, scheme, Recipe())
+    with floats(monkeypatch):
+        truth = quantize_stack(w, h, ENOUGH, scheme, Recipe())
+    assert alike(found, truth) > 0.99
+    torch.testing.assert_close(found.loss_EO.sum(), truth.loss_EO.sum(), rtol=1e-3, atol=0)
+
+
+@in_tiles
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    w, h = layer()
+    results = []
+    for number in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        results.append(quantize_stack(w, h, ENOUGH, Scheme(FORMATS["int4"], 32), Recipe()))
+    for other in results[1:]:
+        assert other.quantized.codes.equal(results[0].quantized.codes)
+        assert other.quantized.scale.equal(results[0].quantized.scale)
+        assert other.loss_EO.equal(results[0].loss_EO)
+
+
+@in_tiles
+@pytest.mark.parametrize("columns", [128, 272], ids=["one block", "half a tile"])
+def test_what_fits_no_tiles_stays_in_fp32(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    w, h = layer(64, columns)
+    found = quantize_stack(w, h, ENOUGH, Scheme(FORMATS["int4"], 16), Recipe())
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+    truth = quantize_stack(w, h, ENOUGH, Scheme(FORMATS["int4"], 16), Recipe())
+    assert found.loss_EO.equal(truth.loss_EO)
+
+
+@in_tiles
+def test_torch_is_asked_for_and_torch_it_is() -> None:
+    _, h = layer()
+    assert factorize(h, torch.full((2,), 0.01)).packed_EII is not None
+    assert factorize(h, torch.full((2,), 0.01), backend=Backend.TORCH).packed_EII is None
+
+
+def test_a_compiler_that_does_not_know_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = native.shutil.which("cc") or native.shutil.which("gcc")
+    assert compiler is not None
+    script = tmp_path / "cc"
+    script.write_text(f'#!/bin/sh\ncase "$*" in *-march=native*) exit 1;; esac\nexec {compiler} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(native, "_COMPILERS", (str(script),))
+    for cached in (native._library, native.has_tiles):
+        cached.cache_clear()
+    try:
+        assert native.is_available()
+        assert not native.has_tiles()
+        w, h = layer(64, 256)
+        assert quantize_stack(w, h, ENOUGH, Scheme(FORMATS["int4"], 32), Recipe()).loss_EO.isfinite().all()
+    finally:
+        for cached in (native._library, native.has_tiles):
+            cached.cache_clear()
