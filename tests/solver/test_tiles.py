@@ -11,8 +11,20 @@ from torch import Tensor
 
 from alphaquant import numerics
 from alphaquant.formats import FORMATS, Scheme, dequantize
-from alphaquant.solver import Backend, Effort, Outcome, Recipe, absmax_scales, damp, factorize, native, quantize_stack
-from alphaquant.solver.gptq import solve
+from alphaquant.solver import (
+    Backend,
+    Effort,
+    Outcome,
+    Recipe,
+    absmax_scales,
+    damp,
+    factorize,
+    native,
+    quantize_stack,
+    refine,
+    round_to_nearest,
+    solve,
+)
 
 from . import oracle
 
@@ -63,7 +75,12 @@ def test_a_gradient_has_more_digits_than_bf16() -> None:
         cut = slice(start, start + 32)
         found = rest.gradient(cut, loss, fits=True)
         inner, v = h[:, cut, cut].double(), value[:, cut].double()
-        exact = (h[:, cut].double() @ left, inner @ v, (v * (h[:, cut].double() @ left)).sum(1), (v * (inner @ v)).sum(1))
+        exact = (
+            h[:, cut].double() @ left,
+            inner @ v,
+            (v * (h[:, cut].double() @ left)).sum(1),
+            (v * (inner @ v)).sum(1),
+        )
         # what products in bf16 would be wrong by is .2%
         for one, truth in zip(found, exact, strict=True):
             assert (one.double() - truth).norm() < 1e-5 * truth.norm()
@@ -128,6 +145,17 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert other.quantized.codes.equal(results[0].quantized.codes)
         assert other.quantized.scale.equal(results[0].quantized.scale)
         assert other.loss_EO.equal(results[0].loss_EO)
+
+
+@in_tiles
+def test_scales_that_are_given_stay() -> None:
+    w, h = layer(1, 256)  # of a single row, so that groups lie first already
+    scheme = Scheme(FORMATS["int3"], 32)
+    start = round_to_nearest(w, scheme, absmax_scales(w, scheme), h)
+    before = start.quantized.scale.clone()
+    found = refine(w, h, start, sweeps=1, packed_EII=native.packed(h))
+    assert start.quantized.scale.equal(before)
+    assert not found.quantized.scale.equal(before)
 
 
 @in_tiles

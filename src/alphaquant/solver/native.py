@@ -3,6 +3,9 @@
 `native.c` is compiled by the machine's own C compiler when it is first needed, and kept in the user's cache. Each
 function does what the torch code beside it does (`gptq.solve`, `refine`, `scales`), which is the specification: the
 same IEEE divisions, the same ties, sums in another order. Threads share the rows, and change no bit.
+
+On a CPU with AMX the products of the walk and of the refinement go through tiles of bf16: each number as the sum of
+two, three products for one. What is multiplied again and again is packed once (`packed`), what changes as it changes.
 """
 
 from __future__ import annotations
@@ -197,7 +200,8 @@ class Rest:
         cls, w_EIO: Tensor, value_EIO: Tensor, scales: Scales, h_EII: Tensor, packed_EII: Tensor, fmt: Format
     ) -> Rest:
         """With all columns packed."""
-        rest = cls(w_EIO, value_EIO, *_groups_first(scales), h_EII, packed_EII, _room_for(w_EIO), fmt)
+        step_EGO, zero_EGO = _groups_first(scales)
+        rest = cls(w_EIO, value_EIO, step_EGO.clone(), zero_EGO, h_EII, packed_EII, _room_for(w_EIO), fmt)
         rest.pack(slice(0, w_EIO.shape[1]))
         return rest
 
