@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from alphaquant import compiled
 from alphaquant.errors import ConfigError
 from alphaquant.solver import (
     Backend,
@@ -141,7 +142,7 @@ def test_rounding_errors(scheme: Scheme, weighted: bool) -> None:  # noqa: FBT00
 
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
     scheme = oracle.all_schemes(16)[0]
     cols, feedback, _ = columns(scheme, rows=300)
     groups = cols.w_EIO.view(EXPERTS * COLUMNS, 3, 100)
@@ -173,11 +174,11 @@ def test_the_whole_method_in_c_is_that_in_torch(effort: Effort) -> None:
 @pytest.fixture
 def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home directory in which the library has not been made."""
-    monkeypatch.setattr(native.Path, "home", lambda: tmp_path / "home")
-    monkeypatch.setattr(native.tempfile, "tempdir", str(tmp_path))
-    native._library.cache_clear()
+    monkeypatch.setattr(compiled.Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setattr(compiled.tempfile, "tempdir", str(tmp_path))
+    compiled.library.cache_clear()
     yield tmp_path
-    native._library.cache_clear()
+    compiled.library.cache_clear()
 
 
 def made(folder: Path) -> list[Path]:
@@ -188,7 +189,7 @@ def test_the_library_is_made_once(anew: Path) -> None:
     assert native.is_available()
     (library,) = made(anew / "home/.cache/alphaquant")
     before = library.stat().st_mtime_ns
-    native._library.cache_clear()
+    compiled.library.cache_clear()
     assert native.is_available()
     assert made(anew) == [library]
     assert library.stat().st_mtime_ns == before

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaquant import numerics
+from alphaquant import compiled, numerics
 from alphaquant.formats import FORMATS, Scheme, dequantize
 from alphaquant.solver import (
     Backend,
@@ -176,14 +176,14 @@ def test_torch_is_asked_for_and_torch_it_is() -> None:
 
 
 def test_a_compiler_that_does_not_know_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = native.shutil.which("cc") or native.shutil.which("gcc")
+    compiler = compiled.shutil.which("cc") or compiled.shutil.which("gcc")
     assert compiler is not None
     script = tmp_path / "cc"
     script.write_text(f'#!/bin/sh\ncase "$*" in *-march=native*) exit 1;; esac\nexec {compiler} "$@"\n')
     script.chmod(0o755)
-    monkeypatch.setattr(native.Path, "home", lambda: tmp_path)
-    monkeypatch.setattr(native, "_COMPILERS", (str(script),))
-    for cached in (native._library, native.has_tiles):
+    monkeypatch.setattr(compiled.Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(compiled, "_COMPILERS", (str(script),))
+    for cached in (compiled.library, native.has_tiles):
         cached.cache_clear()
     try:
         assert native.is_available()
@@ -191,5 +191,5 @@ def test_a_compiler_that_does_not_know_the_machine(tmp_path: Path, monkeypatch: 
         w, h = layer(64, 256)
         assert quantize_stack(w, h, ENOUGH, Scheme(FORMATS["int4"], 32), Recipe()).loss_EO.isfinite().all()
     finally:
-        for cached in (native._library, native.has_tiles):
+        for cached in (compiled.library, native.has_tiles):
             cached.cache_clear()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from alphaquant.models import native
 from alphaquant.models.linear import linear
 from alphaquant.models.spec import AttentionSpec, LatentSpec, QKNorm, Source
 from alphaquant.numerics import bf16_products
@@ -26,6 +27,7 @@ _QUERIES = 128  # queries of a block
 _LATENT_EPS = 1e-6  # of the latents' norms, whatever the config says of the others
 _SCORES = 1 << 19  # scores alive together: they stay in a core's cache
 _NORMED = 1 << 18  # values normed together: the same
+_ALIGNED = 16  # keys, at whose multiples blocks begin
 
 
 class KeyValueCache:
@@ -51,6 +53,8 @@ class KeyValueCache:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last axis, computed in fp32 (Zhang and Sennrich 2019)."""
+    if native.fits(x, weight, width=x.shape[-1]):
+        return native.rms_norm(x, weight, eps)
     if x.device.type == "cpu" and x.is_contiguous() and not torch.is_grad_enabled():
         out = torch.empty_like(x)  # by blocks that stay in a core's cache: twice as fast
         rows = max(1, _NORMED // x.shape[-1])
@@ -68,6 +72,9 @@ def _normed(x: Tensor, eps: float) -> Tensor:
 
 def _rotate(x_BHLC: Tensor, rope_LC: tuple[Tensor, Tensor]) -> Tensor:
     """The first channels, as many as the tables have, turned by halves; those behind them as they are."""
+    x_BLHC = x_BHLC.transpose(1, 2)
+    if native.fits(x_BLHC, width=rope_LC[0].shape[-1] // 2):
+        return native.rotate(x_BLHC, *(table.to(x_BHLC.dtype).float() for table in rope_LC))
     cos_LC, sin_LC = (table.to(x_BHLC.dtype) for table in rope_LC)
     width, half = cos_LC.shape[-1], cos_LC.shape[-1] // 2
     turned, still = x_BHLC.split([width, x_BHLC.shape[-1] - width], -1)
@@ -124,9 +131,13 @@ def _blocked_attention(
         q, k, v = q_SLC[part].float().mul_(scale), k_SLC[part].float().transpose(1, 2), v_SLC[part]
         for start in range(0, length, _QUERIES):
             end = min(start + _QUERIES, length)
-            first = 0 if window is None else max(0, start - window + 1)
+            first = 0 if window is None else max(0, start - window + 1) // _ALIGNED * _ALIGNED
             with bf16_products(q_BHLC):
                 scores = torch.bmm(q[:, start:end], k[..., first:end])
+            if native.fits(width=end - first):
+                shares = native.softmax(scores, start, first, window)
+                torch.bmm(shares, v[:, first:end], out=out_SLC[part, start:end])
+                continue
             scores[..., start - first :].add_(hidden[: end - start, : end - start])
             if window is not None and end - first > window:
                 query, key = torch.arange(start, end)[:, None], torch.arange(first, end)[None]
@@ -180,10 +191,11 @@ def _heads(
         k = rms_norm(k, weights["self_attn.k_norm.weight"], eps)
     if spec.clip_qkv is not None:
         q, k, v = (t.clamp(-spec.clip_qkv, spec.clip_qkv) for t in (q, k, v))
-    q, k, v = (t.unflatten(-1, (-1, spec.head_dim)).transpose(1, 2) for t in (q, k, v))
+    q, k, v = (t.unflatten(-1, (-1, spec.head_dim)) for t in (q, k, v))
     if spec.qk_norm is QKNorm.HEAD:
         q = rms_norm(q, weights["self_attn.q_norm.weight"], eps)
         k = rms_norm(k, weights["self_attn.k_norm.weight"], eps)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return _rotate(q, rope_LC), _rotate(k, rope_LC), v
 
 

@@ -95,13 +95,19 @@ def _by_expert(x_RI: Tensor, counts_E: Tensor, w_EOI: Tensor) -> Tensor:
     """
     if _can_group(x_RI, w_EOI):
         return F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=counts_E.cumsum(0, dtype=torch.int32))
-    stop, parts = 0, []
+    if torch.is_grad_enabled():
+        parts = zip(x_RI.split(counts_E.tolist()), w_EOI.unbind(), strict=True)
+        return torch.cat([F.linear(part, w_OI) for part, w_OI in parts])
+    stop, out_RO = 0, x_RI.new_empty(x_RI.shape[0], w_EOI.shape[1])
     for count, w_OI in zip(counts_E.tolist(), w_EOI.unbind(), strict=True):
         start, stop = stop, stop + count
         rows = count if count <= _EXACT_ROWS else -(-count // _ROWS) * _ROWS
-        begin = max(0, min(start, x_RI.shape[0] - rows))
-        parts.append(F.linear(x_RI[begin : begin + rows], w_OI)[start - begin : stop - begin])
-    return torch.cat(parts)
+        if start + rows <= len(out_RO):  # what is too much is written over by the experts to come
+            torch.mm(x_RI[start : start + rows], w_OI.T, out=out_RO[start : start + rows])
+        else:
+            begin = max(0, stop - rows)
+            out_RO[start:stop] = F.linear(x_RI[begin:stop], w_OI)[start - begin :]
+    return out_RO
 
 
 def _can_group(x_RI: Tensor, w_EOI: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from alphaquant.models import native
 from alphaquant.models.linear import expert_linear, linear
 from alphaquant.models.spec import MLPSpec, MoESpec, Scoring, Source
 from alphaquant.models.tap import Routing
@@ -104,7 +105,7 @@ def _mlp(
     def project(name: str, x: Tensor) -> Tensor:
         return linear(x, weights, f"{prefix}.{name}")
 
-    hidden_TF = F.silu(project("gate_proj", x_TD)) * project("up_proj", x_TD)
+    hidden_TF = _swiglu(project("gate_proj", x_TD), project("up_proj", x_TD))
     if tap is not None:
         tap(hidden_source, hidden_TF, routing)
         return x_TD
@@ -126,6 +127,8 @@ def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap
     out_RD = expert_linear(_expert_hidden(x_RD, counts_E, weights), counts_E, weights, "mlp.experts.down_proj")
     # gathers and a sum in fixed order give the same result on every device; scattered adds would not
     place_TK = order_R.argsort().view_as(choice.topk_ids_TK)
+    if native.fits(out_RD, width=out_RD.shape[1]):
+        return native.combine(out_RD, place_TK, choice.score_TK.contiguous())
     score_TK = choice.score_TK.to(x_TD.dtype)
     total_TD = out_RD.index_select(0, place_TK[:, 0]) * score_TK[:, 0, None]
     for k in range(1, spec.top_k):
@@ -135,4 +138,8 @@ def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap
 
 def _expert_hidden(x_RD: Tensor, counts_E: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     gate, up = (expert_linear(x_RD, counts_E, weights, f"mlp.experts.{name}") for name in ("gate_proj", "up_proj"))
-    return F.silu(gate) * up
+    return _swiglu(gate, up)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return native.swiglu(gate, up) if native.fits(gate, up, width=gate.numel()) else F.silu(gate) * up

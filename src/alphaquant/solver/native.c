@@ -150,8 +150,8 @@ EACH_KIND walk(float *restrict target, const float *restrict w, const float *res
 
 /* GPTQ over the columns start … start + width, at most COLUMNS of them: values and errors w - q; t - q stays. */
 void walk_block(float *target, const float *w, const float *step, const float *zero, const float *feedback,
-                float *value, float *error, int64_t columns, int64_t rows, int64_t start, int64_t width, int64_t first,
-                int64_t last, const Grid *grid) {
+                float *value, float *error, int64_t columns, int64_t rows, int64_t start, int64_t width, const Grid *grid,
+                int64_t first, int64_t last) {
     BY_KIND(walk, target, w, step, zero, feedback, value, error, columns, rows, start, width, first, last, *grid)
 }
 
@@ -198,8 +198,8 @@ EACH_KIND descend(float *restrict gradient, float *restrict q, const float *rest
 
 /* Coordinate descent over the same columns; gradient and moved are [E, width, O]. */
 void descend_block(float *gradient, float *q, const float *step, const float *zero, const float *h, float *value,
-                   float *moved, int64_t columns, int64_t rows, int64_t start, int64_t width, int64_t first,
-                   int64_t last, const Grid *grid) {
+                   float *moved, int64_t columns, int64_t rows, int64_t start, int64_t width, const Grid *grid,
+                   int64_t first, int64_t last) {
     BY_KIND(descend, gradient, q, step, zero, h, value, moved, columns, rows, start, width, first, last, *grid)
 }
 
@@ -225,7 +225,7 @@ EACH_KIND measure(const float *restrict w, const float *restrict step, const flo
 
 /* Σ importance * (rounded - w)² of groups first … last of `size` weights; importance is that of a row's groups. */
 void rounding_errors(const float *w, const float *step, const float *zero, const float *importance, float *error,
-                     int64_t groups_a_row, int64_t size, int64_t first, int64_t last, const Grid *grid) {
+                     int64_t groups_a_row, int64_t size, const Grid *grid, int64_t first, int64_t last) {
     BY_KIND(measure, w, step, zero, importance, error, groups_a_row, size, first, last, *grid)
 }
 
@@ -413,7 +413,7 @@ EACH_KIND walk_tile(const float *restrict w, const float *restrict step, const f
    call uses its first's for all of its own, which stays in the cache. */
 void walk_all(const float *w, const float *step, const float *zero, const float *feedback, const Pairs *packed,
               const float *curvature, const int32_t *order, float *value, float *loss, Pairs *errors, int64_t columns,
-              int64_t rows, int64_t groups, int64_t first, int64_t last, const Grid *grid) {
+              int64_t rows, int64_t groups, const Grid *grid, int64_t first, int64_t last) {
     configure_tiles();
     errors += first * PANELS * columns;
     for (int64_t index = first; index < last; index++) {
@@ -544,8 +544,8 @@ EACH_KIND descend_tile(const float *restrict w, const float *restrict step, cons
    have become less; what it changes is added to the loss. */
 void descend_tiles(const float *w, const float *step, const float *zero, float *value, const float *h, Pairs *rest,
                    const float *gradient, const float *curved, const float *less, float *loss, int64_t columns,
-                   int64_t rows, int64_t groups, int64_t start, int64_t width, int64_t first, int64_t last,
-                   const Grid *grid) {
+                   int64_t rows, int64_t groups, int64_t start, int64_t width, const Grid *grid, int64_t first,
+                   int64_t last) {
     for (int64_t index = first; index < last; index++) {
         Place at = place_of(index, columns, rows, groups, width);
         BY_KIND(descend_tile, w + at.weights, step + at.scales, zero ? zero + at.scales : 0, value + at.weights,

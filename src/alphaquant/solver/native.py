@@ -1,8 +1,7 @@
 """The solver's inner loops in C, for CPUs: several times as fast as torch, whose operations here are too small.
 
-`native.c` is compiled by the machine's own C compiler when it is first needed, and kept in the user's cache. Each
-function does what the torch code beside it does (`gptq.solve`, `refine`, `scales`), which is the specification: the
-same IEEE divisions, the same ties, sums in another order. Threads share the rows, and change no bit.
+Each function of `native.c` does what the torch code beside it does (`gptq.solve`, `refine`, `scales`), which is the
+specification: the same IEEE divisions, the same ties, sums in another order. Threads share the rows.
 
 On a CPU with AMX the products of the walk and of the refinement go through tiles of bf16: each number as the sum of
 two, three products for one. What is multiplied again and again is packed once (`packed`), what changes as it changes.
@@ -11,13 +10,6 @@ two, three products for one. What is multiplied again and again is packed once (
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import threading
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from alphaquant.compiled import library, run_parts
 from alphaquant.formats import Grid
 
 if TYPE_CHECKING:
@@ -40,13 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["Rest", "descend_block", "has_tiles", "is_available", "packed", "rounding_errors", "walk", "walk_block"]
 
 _SOURCE = Path(__file__).with_name("native.c")
-_COMPILERS = ("cc", "gcc", "clang")
-# without contraction a product and a sum are rounded one by one, as in torch
-_FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")
 _ROWS, _COLUMNS = 64, 128  # of a tile, as in native.c
 _TILE_ROWS, STEP, _PANEL = 128, 32, 16  # of what works in tiles of bf16, as there
 _ITEM = 4  # bytes of all numbers
-_WORTH_A_THREAD = 1 << 17  # nanoseconds of work, about: with less, starting one takes longer than it saves
 _WALK, _ROUNDING = 4, 1  # nanoseconds a weight
 _PRODUCT = 128  # terms of a product in tiles a nanosecond
 
@@ -64,7 +53,7 @@ class _Grid(ctypes.Structure):
 
 def is_available() -> bool:
     """Whether there is a compiler that makes the library."""
-    return _library() is not None
+    return library(_SOURCE) is not None
 
 
 def walk_block(
@@ -109,7 +98,7 @@ def descend_block(
 @cache
 def has_tiles() -> bool:
     """Whether products go through tiles of bf16 (Intel AMX): the compiler knows them and the kernel grants them."""
-    request = getattr(_library(), "request_tiles", None)
+    request = getattr(library(_SOURCE), "request_tiles", None)
     return request is not None and request() == 0
 
 
@@ -295,75 +284,7 @@ def _over_high_tiles(
 def _run(
     name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], total: int, cost: int, grid: Grid | None
 ) -> None:
-    """Call a function of the library for `total` parts of its work, shared by as many threads as torch has.
-
-    A part takes about `cost` nanoseconds.
-    """
-    assert all(x is None or (x.is_contiguous() and x.element_size() == _ITEM) for x in tensors)
-    library = _library()
-    assert library is not None
-    function = getattr(library, name)
-    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
-    last = [] if grid is None else [ctypes.byref(_Grid(*grid))]
-    fixed = [*pointers, *map(ctypes.c_int64, sizes)]
-    num_threads = max(1, min(torch.get_num_threads(), total, total * cost // _WORTH_A_THREAD))
-    ends = [total * part // num_threads for part in range(num_threads + 1)]
-
-    def part(index: int) -> None:  # the library is called without Python's lock
-        function(*fixed, ctypes.c_int64(ends[index]), ctypes.c_int64(ends[index + 1]), *last)
-
-    others = [threading.Thread(target=part, args=(index,)) for index in range(1, num_threads)]
-    for thread in others:
-        thread.start()
-    part(0)
-    for thread in others:
-        thread.join()
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        return None
-    source = _SOURCE.read_bytes()
-    for flags in ((*_FLAGS, "-march=native"), _FLAGS):  # not every compiler knows every machine
-        key = hashlib.sha256(b"\0".join([source, repr((compiler, flags, _machine())).encode()])).hexdigest()[:16]
-        try:
-            return ctypes.CDLL(str(_compiled(compiler, flags, f"native-{key}.so")))
-        except (OSError, subprocess.CalledProcessError):
-            continue
-    return None
-
-
-def _machine() -> str:
-    """What `-march=native` depends on: a home directory may be shared by machines of several kinds."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {platform.processor()} {flags}"
-
-
-def _compiled(compiler: str, flags: Sequence[str], name: str) -> Path:
-    """The library in the user's cache, made where it is not there; in a directory of this process where none can be.
-
-    Raises:
-        OSError: there is no place for it.
-        CalledProcessError: the compiler refuses.
-    """
-    folder = Path.home() / ".cache" / "alphaquant"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        is_ours = os.access(folder, os.W_OK) and (os.name != "posix" or folder.stat().st_uid == os.geteuid())
-    except (OSError, RuntimeError):
-        is_ours = False
-    if not is_ours:
-        folder = Path(tempfile.mkdtemp(prefix="alphaquant-"))
-    library = folder / name
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = Path(scratch) / name
-            subprocess.run([compiler, *flags, str(_SOURCE), "-o", str(made)], check=True, capture_output=True)  # noqa: S603
-            made.replace(library)
-    return library
+    """Call a function of the library for `total` parts of its work, each of about `cost` nanoseconds."""
+    assert all(x is None or x.element_size() == _ITEM for x in tensors)
+    kind = [] if grid is None else [ctypes.byref(_Grid(*grid))]
+    run_parts(_SOURCE, name, tensors, [*map(ctypes.c_int64, sizes), *kind], total, cost)

@@ -1,0 +1,119 @@
+"""Loops in C: compiled by the machine's own C compiler when they are first needed, and kept in the user's cache.
+
+Their work is shared among threads by parts that do not touch each other, so that threads change no bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = ["library", "run_parts"]
+
+_COMPILERS = ("cc", "gcc", "clang")
+# without contraction a product and a sum are rounded one by one, as in torch
+_FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")
+_WORTH_A_THREAD = 1 << 17  # nanoseconds of work, about: with less, starting one takes longer than it saves
+
+
+def run_parts(
+    source: Path,
+    name: str,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[object],
+    total: int,
+    cost: float,
+) -> None:
+    """Call `name(tensors…, numbers…, first, last)` for `total` parts of its work, on as many threads as torch has.
+
+    Args:
+        source: where the function is written; `library` must have made it.
+        name: of the function.
+        tensors: contiguous; the function is given where they lie.
+        numbers: what it is given after them, of C's types.
+        total: parts.
+        cost: nanoseconds that a part takes, about.
+    """
+    assert all(x is None or x.is_contiguous() for x in tensors)
+    loaded = library(source)
+    assert loaded is not None
+    function = getattr(loaded, name)
+    fixed = [*(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors), *numbers]
+    num_threads = max(1, min(torch.get_num_threads(), total, int(total * cost) // _WORTH_A_THREAD))
+    ends = [total * part // num_threads for part in range(num_threads + 1)]
+
+    def part(index: int) -> None:  # the library is called without Python's lock
+        function(*fixed, ctypes.c_int64(ends[index]), ctypes.c_int64(ends[index + 1]))
+
+    others = [threading.Thread(target=part, args=(index,)) for index in range(1, num_threads)]
+    for thread in others:
+        thread.start()
+    part(0)
+    for thread in others:
+        thread.join()
+
+
+@cache
+def library(source: Path) -> ctypes.CDLL | None:
+    """What a C file compiles to; None where no compiler works."""
+    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        return None
+    text = source.read_bytes()
+    for flags in ((*_FLAGS, "-march=native"), _FLAGS):  # not every compiler knows every machine
+        key = hashlib.sha256(b"\0".join([text, repr((compiler, flags, _machine())).encode()])).hexdigest()[:16]
+        try:
+            return ctypes.CDLL(str(_compiled(compiler, flags, source, f"native-{key}.so")))
+        except (OSError, subprocess.CalledProcessError):
+            continue
+    return None
+
+
+def _machine() -> str:
+    """What `-march=native` depends on: a home directory may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {flags}"
+
+
+def _compiled(compiler: str, flags: Sequence[str], source: Path, name: str) -> Path:
+    """The library in the user's cache, made where it is not there; in a directory of this process where none can be.
+
+    Raises:
+        OSError: there is no place for it.
+        CalledProcessError: the compiler refuses.
+    """
+    folder = Path.home() / ".cache" / "alphaquant"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_ours = os.access(folder, os.W_OK) and (os.name != "posix" or folder.stat().st_uid == os.geteuid())
+    except (OSError, RuntimeError):
+        is_ours = False
+    if not is_ours:
+        folder = Path(tempfile.mkdtemp(prefix="alphaquant-"))
+    made = folder / name
+    if not made.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            fresh = Path(scratch) / name
+            subprocess.run([compiler, *flags, str(source), "-o", str(fresh)], check=True, capture_output=True)  # noqa: S603
+            fresh.replace(made)
+    return made

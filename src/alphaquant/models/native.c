@@ -1,0 +1,172 @@
+/* What a forward pass does between its products, in bf16 on a CPU; see native.py.
+
+   Arrays are contiguous. Numbers are bf16, computed in fp32 and rounded once, half to even; where torch rounds between
+   two steps it is said. A call does the parts `first` to `last` of its work; parts do not touch each other. */
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define AHEAD 2 /* tokens whose rows are fetched in advance */
+
+typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+typedef uint32_t Bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint16_t Halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
+typedef uint16_t bf16;
+
+static inline Floats all(float x) { return (Floats){0} + x; }
+
+static inline Floats widen(const bf16 *from) {
+    Halves half;
+    memcpy(&half, from, sizeof half);
+    return (Floats)(__builtin_convertvector(half, Bits) << 16);
+}
+
+/* The bits of the nearest bf16; a NaN stays one, since no operation makes one with all bits set. */
+static inline Bits rounded(Floats x) {
+    Bits bits = (Bits)x;
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+
+static inline void narrow(Floats x, bf16 *to) {
+    Halves half = __builtin_convertvector(rounded(x), Halves);
+    memcpy(to, &half, sizeof half);
+}
+
+/* As if it had been written as bf16 and read again. */
+static inline Floats through(Floats x) { return (Floats)(rounded(x) << 16); }
+
+static inline float sum(Floats x) {
+    float y[LANES];
+    memcpy(y, &x, sizeof y);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) y[i] += y[i + half];
+    return y[0];
+}
+
+static inline float largest(Floats x) {
+    float y[LANES];
+    memcpy(y, &x, sizeof y);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) y[i] = y[i] > y[i + half] ? y[i] : y[i + half];
+    return y[0];
+}
+
+static inline Floats choose(Ints is, Floats a, Floats b) { return (Floats)(((Ints)a & is) | ((Ints)b & ~is)); }
+
+/* e to the x for x up to 88, 3e-6 off at most; what is below -87 counts as -87. NaN stays NaN. */
+static inline Floats exponential(Floats x) {
+    const float whole = 12582912.0f; /* 1.5 * 2^23: what is added to it is rounded to a whole number */
+    x = choose(x < -87.0f, all(-87.0f), x) * 1.44269504f;
+    Floats shifted = x + whole, r = x - (shifted - whole);
+    Floats y = r * 1.33335581e-3f + 9.61812911e-3f; /* 2^r, |r| <= .5, by its Taylor series */
+    y = y * r + 5.55041087e-2f;
+    y = y * r + 2.40226507e-1f;
+    y = y * r + 6.93147181e-1f;
+    y = y * r + 1.0f;
+    return (Floats)((Ints)y + ((Ints)shifted << 23)); /* the last bits of `shifted` are the power of two */
+}
+
+/* Rows of `size` numbers, each over the root of its mean square, times the weights; torch rounds before the weights. */
+void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, int64_t size, float eps, int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        const bf16 *from = x + row * size;
+        bf16 *to = out + row * size;
+        Floats a = all(0), b = all(0);
+        for (int64_t i = 0; i < size; i += 2 * LANES) {
+            Floats u = widen(from + i), v = i + LANES < size ? widen(from + i + LANES) : all(0);
+            a += u * u;
+            b += v * v;
+        }
+        Floats scale = all(1.0f / __builtin_sqrtf(sum(a + b) / (float)size + eps));
+        for (int64_t i = 0; i < size; i += LANES) narrow(through(widen(from + i) * scale) * widen(weight + i), to + i);
+    }
+}
+
+/* Heads [B, L, H, C] to [B, H, L, C], their first `width` channels turned by halves; a part is a sequence's position.
+   Cosines and sines are fp32 [L, width]. */
+void rotate(const bf16 *x, const float *cosine, const float *sine, bf16 *out, int64_t length, int64_t heads,
+            int64_t channels, int64_t width, int64_t first, int64_t last) {
+    int64_t half = width / 2;
+    for (int64_t part = first; part < last; part++) {
+        int64_t sequence = part / length, position = part % length;
+        const float *c = cosine + position * width, *s = sine + position * width;
+        for (int64_t head = 0; head < heads; head++) {
+            const bf16 *from = x + (part * heads + head) * channels;
+            bf16 *to = out + ((sequence * heads + head) * length + position) * channels;
+            for (int64_t i = 0; i < half; i += LANES) {
+                Floats u = widen(from + i), v = widen(from + half + i), cu, cv, su, sv;
+                memcpy(&cu, c + i, sizeof cu);
+                memcpy(&cv, c + half + i, sizeof cv);
+                memcpy(&su, s + i, sizeof su);
+                memcpy(&sv, s + half + i, sizeof sv);
+                narrow(u * cu - v * su, to + i);
+                narrow(v * cv + u * sv, to + half + i);
+            }
+            memcpy(to + width, from + width, (size_t)(channels - width) * sizeof *to);
+        }
+    }
+}
+
+/* Probabilities of fp32 scores [S, Q, K]; query `start + i` sees keys `first_key + j` up to itself, `window` at most.
+   Scores are used up. A part is a row. */
+void softmax(float *scores, bf16 *out, int64_t queries, int64_t keys, int64_t start, int64_t first_key, int64_t window,
+             int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+        float *from = scores + row * keys;
+        bf16 *to = out + row * keys;
+        int64_t end = start - first_key + row % queries + 1, begin = end > window ? end - window : 0;
+        int64_t low = begin / LANES * LANES, high = (end + LANES - 1) / LANES * LANES;
+        for (int64_t i = low; i < begin; i++) from[i] = -__builtin_inff();
+        for (int64_t i = end; i < high; i++) from[i] = -__builtin_inff();
+        Floats most = all(-__builtin_inff()), total = all(0), x;
+        for (int64_t i = low; i < high; i += LANES) {
+            memcpy(&x, from + i, sizeof x);
+            most = choose(most > x, most, x);
+        }
+        float top = largest(most);
+        for (int64_t i = low; i < high; i += LANES) {
+            memcpy(&x, from + i, sizeof x);
+            x = exponential(x - top);
+            total += x;
+            memcpy(from + i, &x, sizeof x);
+        }
+        Floats share = all(1.0f / sum(total));
+        memset(to, 0, (size_t)low * sizeof *to);
+        memset(to + high, 0, (size_t)(keys - high) * sizeof *to);
+        for (int64_t i = low; i < high; i += LANES) {
+            memcpy(&x, from + i, sizeof x);
+            narrow(x * share, to + i);
+        }
+        for (int64_t i = low; i < begin; i++) to[i] = 0;
+        for (int64_t i = end; i < high; i++) to[i] = 0;
+    }
+}
+
+/* silu(gate) * up; torch rounds between the two. A part is LANES numbers. */
+void swiglu(const bf16 *gate, const bf16 *up, bf16 *out, int64_t first, int64_t last) {
+    for (int64_t i = first * LANES; i < last * LANES; i += LANES) {
+        Floats x = widen(gate + i);
+        Ints is_low = x < -87.0f; /* zero there, and no number for minus infinity, as x / (1 + e) would be */
+        Floats silu = choose(is_low, x * 0.0f, x / (exponential(choose(is_low, all(0), -x)) + 1.0f));
+        narrow(through(silu) * widen(up + i), out + i);
+    }
+}
+
+/* Σ_k score[k] * rows[place[k]] of each token; a part is a token. Scores are fp32. */
+void combine(const bf16 *rows, const int64_t *place, const float *score, bf16 *total, int64_t top_k, int64_t size,
+             int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; token++) {
+        const int64_t *at = place + token * top_k;
+        const float *weight = score + token * top_k;
+        if (token + AHEAD < last)
+            for (int64_t k = 0; k < top_k; k++)
+                for (int64_t i = 0; i < size; i += 32) __builtin_prefetch(rows + at[AHEAD * top_k + k] * size + i);
+        for (int64_t i = 0; i < size; i += LANES) {
+            Floats x = all(0);
+            for (int64_t k = 0; k < top_k; k++) x += widen(rows + at[k] * size + i) * weight[k];
+            narrow(x, total + token * size + i);
+        }
+    }
+}

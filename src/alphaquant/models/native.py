@@ -1,0 +1,92 @@
+"""What a forward pass does between its products, in C, for bf16 on a CPU: norms, rotations, softmax, sums of experts.
+
+torch takes several passes over memory for each of them, which on narrow models is most of a forward pass. Each function
+of `native.c` does what the torch code where it is called does, with fewer roundings on the way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from alphaquant.compiled import library, run_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = ["combine", "fits", "rms_norm", "rotate", "softmax", "swiglu"]
+
+_SOURCE = Path(__file__).with_name("native.c")
+_LANES = 16  # numbers that are worked on together
+_VALUE = 0.5  # nanoseconds that a number takes, about
+
+
+def fits(*tensors: Tensor, width: int = _LANES) -> bool:
+    """Whether the functions take such tensors: bf16 on a CPU, contiguous, rows of `width` a multiple of 16.
+
+    Not where something is differentiated, or where there is no C compiler.
+    """
+    return (
+        width % _LANES == 0
+        and not torch.is_grad_enabled()
+        and all(x.dtype is torch.bfloat16 and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+        and library(_SOURCE) is not None
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis."""
+    size = x.shape[-1]
+    out = torch.empty_like(x)
+    _run("rms_norm", (x, weight, out), (size,), x.numel() // size, size, eps)
+    return out
+
+
+def rotate(x_BLHC: Tensor, cosine_LC: Tensor, sine_LC: Tensor) -> Tensor:
+    """Heads turned by halves, as many channels as the fp32 tables have; `[B, H, L, C]`, contiguous."""
+    batch, length, heads, channels = x_BLHC.shape
+    out_BHLC = x_BLHC.new_empty(batch, heads, length, channels)
+    sizes = (length, heads, channels, cosine_LC.shape[-1])
+    _run("rotate", (x_BLHC, cosine_LC, sine_LC, out_BHLC), sizes, batch * length, heads * channels)
+    return out_BHLC
+
+
+def softmax(scores_SQK: Tensor, start: int, first_key: int, window: int | None) -> Tensor:
+    """Probabilities in bf16 of fp32 scores, which are used up.
+
+    Query `start + i` sees keys up to its own position, the `window` last at most; key j of the scores has position
+    `first_key + j`.
+    """
+    sequences, queries, keys = scores_SQK.shape
+    out_SQK = torch.empty(scores_SQK.shape, dtype=torch.bfloat16)
+    sizes = (queries, keys, start, first_key, sys.maxsize if window is None else window)
+    _run("softmax", (scores_SQK, out_SQK), sizes, sequences * queries, 2 * keys)
+    return out_SQK
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` of tensors of a multiple of 16 numbers."""
+    out = torch.empty_like(gate)
+    _run("swiglu", (gate, up, out), (), gate.numel() // _LANES, 2 * _LANES)
+    return out
+
+
+def combine(out_RD: Tensor, place_TK: Tensor, score_TK: Tensor) -> Tensor:
+    """Sums `[T, D]` of the rows at the places of each token, times their fp32 scores."""
+    num_tokens, top_k = place_TK.shape
+    total_TD = out_RD.new_empty(num_tokens, out_RD.shape[1])
+    sizes = (top_k, out_RD.shape[1])
+    _run("combine", (out_RD, place_TK, score_TK, total_TD), sizes, num_tokens, top_k * out_RD.shape[1])
+    return total_TD
+
+
+def _run(name: str, tensors: Sequence[Tensor], sizes: Sequence[int], total: int, values: int, *numbers: float) -> None:
+    """Call a function of the library for `total` parts of its work, each of so many values."""
+    arguments = [*map(ctypes.c_int64, sizes), *map(ctypes.c_float, numbers)]
+    run_parts(_SOURCE, name, tensors, arguments, total, values * _VALUE)

@@ -1,0 +1,154 @@
+"""What the forward pass does in C, against float64, and the decoder with it against the decoder without."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+import alphaquant
+from alphaquant import compiled
+from alphaquant.models import native
+from alphaquant.models.attention import _rotate, rms_norm
+
+HALF = 2.0**-8  # of a unit in the last place of bf16: what a rounding is off by at most, relatively
+
+
+def noise(*shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * scale).bfloat16()
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> object:
+    with torch.no_grad():
+        yield
+
+
+def close(found: Tensor, truth: Tensor, roundings: int = 1) -> None:
+    assert found.dtype is torch.bfloat16
+    error = (found.double() - truth).abs()
+    assert (error <= roundings * HALF * truth.abs() * 1.01 + 1e-5).all()
+
+
+@pytest.mark.parametrize("size", [16, 32, 48, 256])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_norm(size: int, scale: float) -> None:
+    x, weight = noise(3, 5, size, scale=scale), 1 + noise(size, scale=0.1)
+    root = (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    close(native.rms_norm(x, weight, 1e-5), x.double() / root * weight.double(), roundings=2)
+
+
+@pytest.mark.parametrize(("channels", "width"), [(32, 32), (64, 32), (70, 64)])
+def test_rotation(channels: int, width: int) -> None:
+    x = noise(2, 7, 3, channels)
+    angle = torch.rand(7, width // 2).repeat(1, 2) * 6
+    tables = angle.cos().bfloat16().float(), angle.sin().bfloat16().float()
+    found = native.rotate(x, *tables)
+    assert found.shape == (2, 3, 7, channels)
+    assert found.is_contiguous()
+    truth = _rotate(x.transpose(1, 2).double(), tables)
+    assert (found - truth).abs().max() < 0.02
+    assert (found - truth).norm() < 0.003 * truth.norm()
+    assert torch.equal(found[..., width:], x.transpose(1, 2)[..., width:])
+    assert torch.equal(_rotate(x.transpose(1, 2), tables), found)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 16, 33])
+@pytest.mark.parametrize(("start", "first"), [(0, 0), (32, 0), (48, 16)])
+def test_softmax(window: int | None, start: int, first: int) -> None:
+    queries, keys = 32, start + 32 - first
+    scores = torch.randn(3, queries, keys, generator=torch.Generator().manual_seed(start)) * 5
+    position, key = torch.arange(start, start + queries)[:, None], torch.arange(first, first + keys)[None]
+    hidden = key > position
+    if window is not None:
+        hidden |= key <= position - window
+    truth = scores.double().masked_fill(hidden, -math.inf).softmax(-1)
+    found = native.softmax(scores.clone(), start, first, window)
+    close(found, truth)
+    assert (found.masked_select(hidden) == 0).all()
+
+
+def test_swiglu_of_all_numbers() -> None:
+    gate = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    gate = gate[gate.isfinite()]
+    gate = gate[: len(gate) // 16 * 16]
+    up = torch.full_like(gate, 1.5)
+    truth = F.silu(gate.double()) * 1.5
+    found = native.swiglu(gate, up)
+    finite = truth.abs() < 3.36e38
+    close(found[finite], truth[finite], roundings=2)
+    assert found[truth > 3.42e38].isinf().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_stays_none(bad: float) -> None:
+    x = noise(2, 64)
+    x[1, 37] = bad
+    assert not native.swiglu(x, torch.ones_like(x))[1, 37].isfinite()
+    for found in (
+        native.rms_norm(x, torch.ones_like(x[0]), 1e-5),
+        native.softmax(x.float()[None].expand(1, 2, 64).contiguous(), 62, 0, None)[0],
+        native.combine(x, torch.tensor([[0], [1]]), torch.ones(2, 1)),
+    ):
+        assert found[0].isfinite().all()
+        assert not found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 8])
+def test_sums_of_experts(top_k: int) -> None:
+    rows, place = noise(24 * top_k, 48), torch.randperm(24 * top_k).view(24, top_k)
+    score = torch.rand(24, top_k)
+    found = native.combine(rows, place, score)
+    terms = rows[place].double() * score[..., None]
+    assert ((found - terms.sum(1)).abs() <= HALF * terms.sum(1).abs() * 1.01 + 1e-6 * terms.abs().sum(1)).all()
+
+
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
+    x, place, score = noise(5, 32, 64), torch.randperm(160).view(40, 4), torch.rand(40, 4)
+    tables = torch.rand(32, 32), torch.rand(32, 32)
+    results = []
+    for number in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+        found = native.rms_norm(x, x[0, 0], 1e-5), native.rotate(x.unflatten(-1, (2, 32)), *tables)
+        more = native.softmax(x.float(), 32, 0, 7), native.swiglu(x, x)
+        results.append((*found, *more, native.combine(x.flatten(0, 1), place, score)))
+    assert all(map(torch.equal, *results))
+
+
+def test_what_fits() -> None:
+    x = noise(4, 64)
+    assert native.fits(x, x, width=64)
+    assert not native.fits(x, width=40)
+    assert not native.fits(x.T, width=64)
+    assert not native.fits(x, x.float(), width=64)
+    with torch.enable_grad():
+        assert not native.fits(x, width=64)
+
+
+def test_a_norm_can_be_differentiated() -> None:
+    with torch.enable_grad():
+        weight = torch.ones(64, dtype=torch.bfloat16, requires_grad=True)
+        rms_norm(noise(4, 64), weight, 1e-5).sum().backward()
+    assert weight.grad is not None
+
+
+def test_the_decoder_is_as_near_to_fp32_as_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = set()
+    for name in native.__all__:
+        if name != "fits":
+            own = getattr(native, name)
+            monkeypatch.setattr(native, name, lambda *x, own=own, name=name: called.add(name) or own(*x))
+    folder = Path(alphaquant.__file__).parent / "data/demo-model"
+    ids = torch.arange(2 * 144).view(2, 144) * 7 % 500
+    truth = alphaquant.load(folder, dtype="fp32").logits(ids)
+    model = alphaquant.load(folder, dtype="bf16")
+    found = (model.logits(ids) - truth).norm()
+    assert called == set(native.__all__) - {"fits"}
+    monkeypatch.setattr(native, "fits", lambda *_, **__: False)
+    without = (model.logits(ids) - truth).norm()
+    assert 0 < found < 1.05 * without < 0.1 * truth.norm()
