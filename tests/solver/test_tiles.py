@@ -135,7 +135,7 @@ def test_every_format_goes_through_tiles(scheme: Scheme, monkeypatch: pytest.Mon
 
 @in_tiles
 def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
     w, h = layer()
     results = []
     for number in (1, 2, 3):
