@@ -11,16 +11,14 @@ import torch
 
 from alphaquant.numerics import bf16_products
 from alphaquant.solver.backend import Backend, kernels_for
+from alphaquant.solver.bands import bands, mirrored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
 __all__ = ["Evidence", "EvidenceSum", "HessianSum"]
 
 _ROWS = 256
-_LEAST_BAND = 128  # narrower products are slower than what they leave out
 
 
 class Evidence(NamedTuple):
@@ -98,10 +96,10 @@ class HessianSum:
         weight_R = self._evidence.add(counts, score_R)
         if x_RI.shape[0] == 0:
             return
-        add_grams = getattr(kernels_for(x_RI, self._backend), "add_grams", None)
-        if add_grams is not None:
+        kernels = kernels_for(x_RI, self._backend)
+        if kernels is not None and kernels.sums(x_RI):
             counts_E = torch.tensor(counts, device=x_RI.device)
-            add_grams(self._upper_EII, x_RI.contiguous(), counts_E, weight_R)
+            kernels.add_grams(self._upper_EII, x_RI.contiguous(), counts_E, weight_R)
             return
         weights = [None] * len(counts) if weight_R is None else weight_R.split(counts)
         for upper_II, rows_RI, weight in zip(self._upper_EII, x_RI.split(counts), weights, strict=True):
@@ -111,26 +109,19 @@ class HessianSum:
     @property
     def sum_EII(self) -> Tensor:
         """The whole sums `[E, I, I]`, a new tensor."""
-        return _mirrored(self._upper_EII.clone())
+        return mirrored(self._upper_EII.clone())
 
     def normalized(self, experts: list[int] | None = None) -> Tensor:
         """Mean Hessians `[E, I, I]` a unit of weight, of some experts or of all; zero for one that saw nothing."""
         weight_E = self._evidence.weight_E.clamp_min(torch.finfo(torch.float32).tiny).float()
         some = slice(None) if experts is None else experts
-        sum_EII = self.sum_EII if experts is None else _mirrored(self._upper_EII[some])
+        sum_EII = self.sum_EII if experts is None else mirrored(self._upper_EII[some])
         return sum_EII.div_(weight_E[some].to(sum_EII.device)[:, None, None])
 
     @property
     def evidence(self) -> Evidence:
         """Rows, score mass and effective sample size of each expert."""
         return self._evidence.evidence
-
-
-def _mirrored(upper_EII: Tensor) -> Tensor:
-    """The whole of symmetric matrices of which the upper bands are filled, in place."""
-    for start, end in _bands(upper_EII.shape[1]):
-        upper_EII[:, end:, start:end] = upper_EII[:, start:end, end:].transpose(1, 2)
-    return upper_EII
 
 
 def _expert_sums(values_R: Tensor, counts: list[int]) -> Tensor:
@@ -153,12 +144,5 @@ def _add_gram(upper_II: Tensor, x_RI: Tensor, weight_R: Tensor | None) -> None:
     else:
         torch.mul(x_RI, weight_R.sqrt()[:, None], out=rows_RI[:num_rows])
     with bf16_products(x_RI):
-        for start, end in _bands(in_features):
+        for start, end in bands(in_features):
             upper_II[start:end, start:].addmm_(rows_RI[:, start:end].T, rows_RI[:, start:])
-
-
-def _bands(size: int) -> Iterator[tuple[int, int]]:
-    """Bands of rows of a symmetric matrix: in each, only what lies right of its first column is summed."""
-    width = max(_LEAST_BAND, size // 4)
-    for start in range(0, size, width):
-        yield start, min(start + width, size)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from alphaquant.formats import Format
     from alphaquant.solver.gptq import Columns
 
-__all__ = ["add_grams", "descend_block", "walk_block"]
+__all__ = ["add_grams", "descend_block", "sums", "walk_block"]
 
 _ROWS_A_TILE = 32  # outputs that a program keeps in registers beside a block of columns
 _TILE = 64  # columns of a Gram matrix that a program sums
@@ -246,6 +246,11 @@ def descend_block(
     tensors = (gradient_EBO, q_EIO, *scales, h_EII, value_EIO, moved_EBO)
     _launch(_descend_kernel, tensors, columns, cut, fmt)
     return moved_EBO
+
+
+def sums(x_RI: Tensor) -> bool:  # noqa: ARG001  (of any width and dtype)
+    """Whether `add_grams` takes such rows: always."""
+    return True
 
 
 def add_grams(sum_EII: Tensor, x_RI: Tensor, counts_E: Tensor, weight_R: Tensor | None) -> None:

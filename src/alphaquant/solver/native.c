@@ -554,4 +554,69 @@ void descend_tiles(const float *w, const float *step, const float *zero, float *
     }
 }
 
+/* Rows of bf16 [R, I], each times a root and rounded again, as the right matrix of a product and, line by line the
+   transpose of it, as the left one: [panels of I, steps, (right, left), 16] lines. A part is a step: rows begin … end,
+   32 at most, of one expert. */
+void pack_rows(const uint16_t *x, const float *root, const int64_t *begin, const int64_t *end, Pairs *packed,
+               int64_t columns, int64_t steps, int64_t first, int64_t last) {
+    for (int64_t step = first; step < last; step++)
+        for (int64_t panel = 0; panel < columns / SIDE; panel++) {
+            union { Pairs v; uint32_t x[SIDE]; } line[SIDE];
+            for (int64_t i = 0; i < SIDE; i++) {
+                Pairs half[2] = {0};
+                for (int64_t k = 0, row = begin[step] + 2 * i; k < 2 && row < end[step]; k++, row++) {
+                    const uint16_t *from = x + row * columns + panel * SIDE;
+                    for (int c = 0; c < SIDE; c++) half[k][c] = (uint32_t)from[c] << 16;
+                    if (root) half[k] = to_bf16((Vector)half[k] * root[row]);
+                }
+                line[i].v = half[0] >> 16 | half[1];
+            }
+            Pairs *to = packed + (panel * steps + step) * STEP;
+            memcpy(to, line, sizeof line);
+            uint32_t *turned = (uint32_t *)(to + SIDE);
+            for (int c = 0; c < SIDE; c++)
+                for (int i = 0; i < SIDE; i++) turned[c * SIDE + i] = line[i].x[c];
+        }
+}
+
+/* Adds the Gram matrices of packed rows to the sums [E, I, I]: of each band of columns what lies right of its first.
+   Steps of expert e are starts[e] … starts[e + 1]. A part is 32 lines of an expert from `expert` on; long and short
+   ones take turns, for threads. */
+void add_grams(const Pairs *packed, const int64_t *starts, float *sums, int64_t columns, int64_t steps, int64_t band,
+               int64_t expert, int64_t first, int64_t last) {
+    enum { NEAR = 8 }; /* blocks of columns whose rows stay in the cache while all lines go by */
+    const int64_t blocks = columns / STEP, panel = steps * STEP, line = sizeof(Pairs), stride = columns * sizeof(float);
+    configure_tiles();
+    for (int64_t own = first; own < last; own = (own / blocks + 1) * blocks)
+        for (int64_t from = 0; from < blocks; from += NEAR)
+            for (int64_t part = own; part < last && part / blocks == own / blocks; part++) {
+                int64_t e = expert + part / blocks, i = part % blocks;
+                i = i % 2 ? blocks - 1 - i / 2 : i / 2;
+                int64_t j = i * STEP / band * band / STEP, to = from + NEAR < blocks ? from + NEAR : blocks;
+                for (j = j > from ? j : from; j < to; j++) {
+                    float *t = sums + e * columns * columns + i * STEP * columns + j * STEP;
+                    const Pairs *left = packed + 2 * i * panel + starts[e] * STEP + SIDE;
+                    const Pairs *right = packed + 2 * j * panel + starts[e] * STEP;
+                    BARRIER;
+                    _tile_loadd(0, t, stride);
+                    _tile_loadd(1, t + SIDE, stride);
+                    _tile_loadd(2, t + SIDE * columns, stride);
+                    _tile_loadd(3, t + SIDE * columns + SIDE, stride);
+                    for (int64_t step = starts[e]; step < starts[e + 1]; step++, left += STEP, right += STEP) {
+                        _tile_loadd(6, right, line);
+                        _tile_loadd(7, right + panel, line);
+                        _tile_loadd(4, left, line);
+                        _tile_loadd(5, left + panel, line);
+                        ALL_FOUR
+                    }
+                    _tile_stored(0, t, stride);
+                    _tile_stored(1, t + SIDE, stride);
+                    _tile_stored(2, t + SIDE * columns, stride);
+                    _tile_stored(3, t + SIDE * columns + SIDE, stride);
+                    BARRIER;
+                }
+            }
+    _tile_release();
+}
+
 #endif

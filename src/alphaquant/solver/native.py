@@ -19,6 +19,7 @@ import torch
 
 from alphaquant.compiled import library, run_parts
 from alphaquant.formats import Grid
+from alphaquant.solver.bands import width_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,13 +31,26 @@ if TYPE_CHECKING:
     from alphaquant.solver.gptq import Columns
     from alphaquant.solver.scales import Scales
 
-__all__ = ["Rest", "descend_block", "has_tiles", "is_available", "packed", "rounding_errors", "walk", "walk_block"]
+__all__ = [
+    "Rest",
+    "add_grams",
+    "descend_block",
+    "has_tiles",
+    "is_available",
+    "packed",
+    "rounding_errors",
+    "sums",
+    "walk",
+    "walk_block",
+]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _ROWS, _COLUMNS = 64, 128  # of a tile, as in native.c
 _TILE_ROWS, STEP, _PANEL = 128, 32, 16  # of what works in tiles of bf16, as there
 _ITEM = 4  # bytes of all numbers
 _WALK, _ROUNDING = 4, 1  # nanoseconds a weight
+_PACK = 0.5  # nanoseconds that a number takes to be packed
+_PACKED = 1 << 23  # bytes of rows that are packed together
 _PRODUCT = 128  # terms of a product in tiles a nanosecond
 
 
@@ -253,6 +267,43 @@ def rounding_errors(
     grid = Grid.of(fmt, has_zero=zero_OG is not None)
     _run("rounding_errors", tensors, (num_groups, size), step_OG.numel(), size * _ROUNDING, grid)
     return error_OG
+
+
+def sums(x_RI: Tensor) -> bool:
+    """Whether `add_grams` takes such rows."""
+    return x_RI.dtype is torch.bfloat16 and x_RI.shape[1] % STEP == 0 and has_tiles()
+
+
+def add_grams(upper_EII: Tensor, x_RI: Tensor, counts_E: Tensor, weight_R: Tensor | None) -> None:
+    """Add `Σ weight · x xᵀ` of each expert's rows to the upper bands of its sum; see `hessian`.
+
+    Args:
+        upper_EII: fp32, changed.
+        x_RI: rows sorted by expert, bf16, contiguous.
+        counts_E: rows of each expert, int64.
+        weight_R: fp32; None: all one.
+    """
+    num_experts, size, _ = upper_EII.shape
+    root_R = None if weight_R is None else weight_R.sqrt()
+    # S: steps of 32 rows, of which the last of each expert may be short
+    ends_E, steps_E = counts_E.cumsum(0), (counts_E + STEP - 1) // STEP
+    starts_E = torch.cat([steps_E.new_zeros(1), steps_E.cumsum(0)])
+    expert_S = torch.arange(num_experts).repeat_interleave(steps_E)
+    begin_S = (ends_E - counts_E)[expert_S] + STEP * (torch.arange(len(expert_S)) - starts_E[expert_S])
+    end_S = torch.minimum(begin_S + STEP, ends_E[expert_S])
+    together = max(1, _PACKED // (2 * STEP * size * x_RI.itemsize))
+    for start in range(0, len(expert_S), together):
+        part = slice(start, start + together)
+        num_steps = len(expert_S[part])
+        first, last = int(expert_S[part][0]), int(expert_S[part][-1])
+        packed = torch.empty(num_steps * size * STEP)  # rows and their transposes
+        rows = (x_RI, root_R, begin_S[part], end_S[part], packed)
+        run_parts(_SOURCE, "pack_rows", rows, [*map(ctypes.c_int64, (size, num_steps))], num_steps, STEP * size * _PACK)
+        inner_E = (starts_E - start).clamp(0, num_steps)
+        sizes = (size, num_steps, width_of(size), first)
+        cost = num_steps * STEP**2 * size / (last - first + 1) / _PRODUCT
+        total = (last - first + 1) * (size // STEP)
+        run_parts(_SOURCE, "add_grams", (packed, inner_E, upper_EII), [*map(ctypes.c_int64, sizes)], total, cost)
 
 
 def _over_tiles(name: str, tensors: Sequence[Tensor | None], columns: Columns, cut: slice, fmt: Format) -> None:
