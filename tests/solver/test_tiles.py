@@ -14,6 +14,7 @@ from alphaquant.formats import FORMATS, Scheme, dequantize
 from alphaquant.solver import (
     Backend,
     Effort,
+    HessianSum,
     Outcome,
     Recipe,
     absmax_scales,
@@ -166,6 +167,31 @@ def test_what_fits_no_tiles_stays_in_fp32(columns: int, monkeypatch: pytest.Monk
     monkeypatch.setattr(native, "has_tiles", lambda: False)
     truth = quantize_stack(w, h, ENOUGH, Scheme(FORMATS["int4"], 16), Recipe())
     assert found.loss_EO.equal(truth.loss_EO)
+
+
+@in_tiles
+@pytest.mark.parametrize("scored", [True, False])
+@pytest.mark.parametrize(("size", "packed"), [(32, 1 << 23), (96, 1), (576, 1 << 18), (704, 1 << 23)])
+def test_sums_of_rows(size: int, packed: int, scored: bool, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: FBT001
+    monkeypatch.setattr(native, "_PACKED", packed)
+    counts = [33, 0, 1, 32, 100, 0, 31]
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(sum(counts), size, generator=generator).bfloat16()
+    score = torch.rand(len(x), generator=generator) if scored else None
+    assert native.sums(x)
+    found = HessianSum(len(counts), size, 1.0)
+    for _ in range(2):
+        found.add(x, counts, score)
+    rows = x.float() if score is None else (x.float() * score.sqrt()[:, None]).bfloat16().float()
+    truth = torch.stack([2 * part.double().T @ part.double() for part in rows.split(counts)])
+    assert (found.sum_EII - truth).abs().max() < 1e-5 * truth.abs().max()
+    assert torch.equal(found.sum_EII, found.sum_EII.transpose(1, 2))
+    monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    shared = HessianSum(len(counts), size, 1.0)
+    for _ in range(2):
+        shared.add(x, counts, score)
+    assert torch.equal(found.sum_EII, shared.sum_EII)
 
 
 @in_tiles
