@@ -257,6 +257,19 @@ def test_damping_is_raised_tenfold_from_where_it_was() -> None:
     assert factor.damping_E[1] == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize("at", [5, 150, 299])
+def test_what_is_not_definite_is_found_in_every_block(at: int) -> None:
+    h = oracle.hessians(3, 300)
+    sound = factorize(h, damping(3), act_order=False)
+    h[1, at, at] = h[1].diagonal().mean() * 1e-5
+    factor = factorize(h, damping(3), act_order=False)
+    assert factor.retries_E[1] > 0
+    assert factor.curvature_EI[1].isfinite().all()
+    for expert in (0, 2):
+        assert factor.retries_E[expert] == 0
+        assert factor.feedback_EII[expert].equal(sound.feedback_EII[expert])
+
+
 def test_a_hopeless_hessian_becomes_its_diagonal() -> None:
     scheme = Scheme(FORMATS["int4"], 32)
     h = torch.full((1, 32, 32), 100.0)
@@ -284,8 +297,9 @@ def test_correlations_shrink_by_how_little_stands_behind_them() -> None:
 
 
 @each_order
-def test_the_factor_multiplies_back_to_the_damped_hessian(act_order: bool) -> None:  # noqa: FBT001
-    h = oracle.hessians(3, 48)
+@pytest.mark.parametrize("size", [48, 300], ids=["one block", "three blocks"])
+def test_the_factor_multiplies_back_to_the_damped_hessian(act_order: bool, size: int) -> None:  # noqa: FBT001
+    h = oracle.hessians(3, size)
     h[2, :, 4] = h[2, 4, :] = 0
     values = torch.tensor([0.0, 0.01, 0.3])
     factor = factorize(h, values, act_order=act_order)
@@ -293,17 +307,17 @@ def test_the_factor_multiplies_back_to_the_damped_hessian(act_order: bool) -> No
         truth = oracle.damped(h[expert], float(values[expert]))
         torch.testing.assert_close(damp(h, values)[expert].double(), truth, rtol=1e-6, atol=1e-7)
         order = factor.order_EI[expert]
-        assert order.sort().values.equal(torch.arange(48))
+        assert order.sort().values.equal(torch.arange(size))
         feedback, curvature = factor.feedback_EII[expert].double(), factor.curvature_EI[expert].double()
         assert feedback.triu().equal(feedback)
-        assert feedback.diagonal().equal(torch.ones(48, dtype=torch.float64))
+        assert feedback.diagonal().equal(torch.ones(size, dtype=torch.float64))
         product = feedback @ torch.diag(curvature) @ feedback.T
         torch.testing.assert_close(product, truth[order][:, order], rtol=1e-4, atol=1e-5)
         if act_order:
             walked = h[expert].diagonal()[order]
             assert (walked[1:] <= walked[:-1]).all()
         else:
-            assert order.equal(torch.arange(48))
+            assert order.equal(torch.arange(size))
 
 
 def test_equal_diagonals_are_walked_in_natural_order() -> None:

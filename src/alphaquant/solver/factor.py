@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Factor", "damp", "factorize", "shrink"]
 
+_BLOCK = 128  # columns that are factorised together
 _RETRIES = 4
 _RETRY_FACTOR = 10.0
 _FIRST_RETRY = 1e-4  # ten times no damping is no damping
@@ -94,16 +95,16 @@ def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True, backe
     # in the opposite order, so that flipping both axes turns the lower Cholesky factor into the upper one
     opposite_EI = order_EI.flip(1)
     damped_EII = _reorder(damp(h_EII, damping_E), opposite_EI)
-    chol_EII, info_E = torch.linalg.cholesky_ex(damped_EII)
-    failed = info_E.nonzero()[:, 0]
+    chol_EII, has_failed_E = _cholesky(damped_EII)
+    failed = has_failed_E.nonzero()[:, 0]
     for _ in range(_RETRIES):
         if failed.numel() == 0:
             break
         damping_E[failed] = (damping_E[failed] * _RETRY_FACTOR).clamp_min(_FIRST_RETRY)
         retries_E[failed] += 1
         damped_EII[failed] = _reorder(damp(h_EII[failed], damping_E[failed]), opposite_EI[failed])
-        chol_EII[failed], info_E = torch.linalg.cholesky_ex(damped_EII[failed])
-        failed = failed[info_E != 0]
+        chol_EII[failed], has_failed_E = _cholesky(damped_EII[failed])
+        failed = failed[has_failed_E]
     if failed.numel() > 0:
         retries_E[failed] += 1
         diagonal_EI = damped_EII.diagonal(dim1=1, dim2=2)
@@ -122,6 +123,30 @@ def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True, backe
         retries_E=retries_E,
         packed_EII=None if pack is None else pack(feedback_EII, is_upper=True),
     )
+
+
+def _cholesky(h_EII: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factors, and which of them there are none of.
+
+    On a CPU block by block, most of it products: twice as fast as the library's, which comes out column by column.
+    """
+    if h_EII.device.type != "cpu":
+        chol_EII, info_E = torch.linalg.cholesky_ex(h_EII)
+        return chol_EII, info_E != 0
+    num_experts, size, _ = h_EII.shape
+    chol_EII = h_EII.clone()
+    has_failed_E = torch.zeros(num_experts, dtype=torch.bool)
+    for start in range(0, size, _BLOCK):
+        cut, rest = slice(start, start + _BLOCK), slice(start + _BLOCK, size)
+        if start:
+            before_ERI = chol_EII[:, start:, :start]
+            chol_EII[:, start:, cut].baddbmm_(before_ERI, chol_EII[:, cut, :start].transpose(1, 2), alpha=-1)
+        block_EBB, info_E = torch.linalg.cholesky_ex(chol_EII[:, cut, cut])
+        has_failed_E |= info_E != 0
+        chol_EII[:, cut, cut] = block_EBB
+        right_EBR = chol_EII[:, rest, cut].transpose(1, 2)
+        chol_EII[:, rest, cut] = torch.linalg.solve_triangular(block_EBB, right_EBR, upper=False).transpose(1, 2)
+    return chol_EII.tril_(), has_failed_E
 
 
 def _reorder(h_EII: Tensor, order_EI: Tensor) -> Tensor:
