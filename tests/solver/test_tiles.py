@@ -131,7 +131,7 @@ def test_every_format_goes_through_tiles(scheme: Scheme, monkeypatch: pytest.Mon
     with floats(monkeypatch):
         truth = quantize_stack(w, h, ENOUGH, scheme, Recipe())
     assert alike(found, truth) > 0.99
-    torch.testing.assert_close(found.loss_EO.sum(), truth.loss_EO.sum(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.loss_EO.sum(), truth.loss_EO.sum(), rtol=3e-3, atol=0)  # few codes, of 8 bits
 
 
 @in_tiles
