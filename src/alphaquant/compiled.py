@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["library", "run_parts"]
 
+_TILES = Path(__file__).with_name("tiles.h")  # which they include
 _COMPILERS = ("cc", "gcc", "clang")
 # without contraction a product and a sum are rounded one by one, as in torch
 _FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")
@@ -39,8 +40,10 @@ def run_parts(
     numbers: Sequence[object],
     total: int,
     cost: float,
+    *,
+    before: Sequence[object] = (),
 ) -> None:
-    """Call `name(tensors…, numbers…, first, last)` for `total` parts of its work, on as many threads as torch has.
+    """Call `name(before…, tensors…, numbers…, first, last)` for `total` parts of its work, by as many threads as torch.
 
     Args:
         source: where the function is written; `library` must have made it.
@@ -49,12 +52,13 @@ def run_parts(
         numbers: what it is given after them, of C's types.
         total: parts.
         cost: nanoseconds that a part takes, about.
+        before: what it is given first, of C's types.
     """
     assert all(x is None or x.is_contiguous() for x in tensors)
     loaded = library(source)
     assert loaded is not None
     function = getattr(loaded, name)
-    fixed = [*(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors), *numbers]
+    fixed = [*before, *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors), *numbers]
     num_threads = max(1, min(torch.get_num_threads(), total, int(total * cost) // _WORTH_A_THREAD))
     ends = [total * part // num_threads for part in range(num_threads + 1)]
 
@@ -75,7 +79,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         return None
-    text = source.read_bytes()
+    text = b"\0".join(path.read_bytes() for path in (source, _TILES))
     for flags in ((*_FLAGS, "-march=native"), _FLAGS):  # not every compiler knows every machine
         key = hashlib.sha256(b"\0".join([text, repr((compiler, flags, _machine())).encode()])).hexdigest()[:16]
         try:

@@ -99,6 +99,8 @@ def _scaled_dot_product(
     q_BHLC: Tensor, k_BKLC: Tensor, v_BKLC: Tensor, window: int | None = None, scale: float | None = None
 ) -> Tensor:
     """Causal attention; the last query sees the last key. Scores are scaled by one over the root of C by default."""
+    if native.attends(q_BHLC, k_BKLC, v_BKLC):
+        return native.attention(q_BHLC, k_BKLC, v_BKLC, window, q_BHLC.shape[-1] ** -0.5 if scale is None else scale)
     blocked = q_BHLC.device.type == "cpu" and q_BHLC.dtype is torch.bfloat16 and not torch.is_grad_enabled()
     if blocked and q_BHLC.shape[2] == k_BKLC.shape[2]:
         return _blocked_attention(q_BHLC, k_BKLC, v_BKLC, window, scale)

@@ -3,8 +3,12 @@
    Arrays are contiguous. Numbers are bf16, computed in fp32 and rounded once, half to even; where torch rounds between
    two steps it is said. A call does the parts `first` to `last` of its work; parts do not touch each other. */
 
+#define _GNU_SOURCE
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+
+#include "../tiles.h"
 
 #define LANES 16
 #define AHEAD 2 /* tokens whose rows are fetched in advance */
@@ -109,40 +113,133 @@ void rotate(const bf16 *x, const float *cosine, const float *sine, bf16 *out, in
     }
 }
 
-/* Probabilities of fp32 scores [S, Q, K]; query `start + i` sees keys `first_key + j` up to itself, `window` at most.
-   Scores are used up. A part is a row. */
+/* Probabilities of a row of fp32 scores, times `scale`, of which begin … end are seen; the scores are used up. */
+static inline void softmax_row(float *from, bf16 *to, int64_t keys, int64_t begin, int64_t end, float scale) {
+    int64_t low = begin / LANES * LANES, high = (end + LANES - 1) / LANES * LANES;
+    for (int64_t i = low; i < begin; i++) from[i] = -__builtin_inff();
+    for (int64_t i = end; i < high; i++) from[i] = -__builtin_inff();
+    Floats most = all(-__builtin_inff()), total = all(0), x;
+    for (int64_t i = low; i < high; i += LANES) {
+        memcpy(&x, from + i, sizeof x);
+        most = choose(most > x, most, x);
+    }
+    float top = largest(most);
+    for (int64_t i = low; i < high; i += LANES) {
+        memcpy(&x, from + i, sizeof x);
+        x = exponential((x - top) * scale);
+        total += x;
+        memcpy(from + i, &x, sizeof x);
+    }
+    Floats share = all(1.0f / sum(total));
+    memset(to, 0, (size_t)low * sizeof *to);
+    memset(to + high, 0, (size_t)(keys - high) * sizeof *to);
+    for (int64_t i = low; i < high; i += LANES) {
+        memcpy(&x, from + i, sizeof x);
+        narrow(x * share, to + i);
+    }
+    for (int64_t i = low; i < begin; i++) to[i] = 0;
+    for (int64_t i = end; i < high; i++) to[i] = 0;
+}
+
+/* Probabilities of scores [S, Q, K]; query `start + i` sees keys `first_key + j` up to itself, `window` at most. A part
+   is a row. */
 void softmax(float *scores, bf16 *out, int64_t queries, int64_t keys, int64_t start, int64_t first_key, int64_t window,
              int64_t first, int64_t last) {
     for (int64_t row = first; row < last; row++) {
-        float *from = scores + row * keys;
-        bf16 *to = out + row * keys;
         int64_t end = start - first_key + row % queries + 1, begin = end > window ? end - window : 0;
-        int64_t low = begin / LANES * LANES, high = (end + LANES - 1) / LANES * LANES;
-        for (int64_t i = low; i < begin; i++) from[i] = -__builtin_inff();
-        for (int64_t i = end; i < high; i++) from[i] = -__builtin_inff();
-        Floats most = all(-__builtin_inff()), total = all(0), x;
-        for (int64_t i = low; i < high; i += LANES) {
-            memcpy(&x, from + i, sizeof x);
-            most = choose(most > x, most, x);
-        }
-        float top = largest(most);
-        for (int64_t i = low; i < high; i += LANES) {
-            memcpy(&x, from + i, sizeof x);
-            x = exponential(x - top);
-            total += x;
-            memcpy(from + i, &x, sizeof x);
-        }
-        Floats share = all(1.0f / sum(total));
-        memset(to, 0, (size_t)low * sizeof *to);
-        memset(to + high, 0, (size_t)(keys - high) * sizeof *to);
-        for (int64_t i = low; i < high; i += LANES) {
-            memcpy(&x, from + i, sizeof x);
-            narrow(x * share, to + i);
-        }
-        for (int64_t i = low; i < begin; i++) to[i] = 0;
-        for (int64_t i = end; i < high; i++) to[i] = 0;
+        softmax_row(scores + row * keys, out + row * keys, keys, begin, end, 1.0f);
     }
 }
+
+#ifdef HAS_TILES
+
+/* Rows [length, channels] as the right matrix of a product with other rows: [panels of 16 rows, steps of 32 channels]. */
+static void pack_keys(const bf16 *rows, int64_t stride, int64_t length, int64_t channels, Pairs *packed) {
+    for (int64_t panel = 0; panel < length; panel += SIDE)
+        for (int64_t step = 0; step < channels; step += STEP, packed += SIDE) {
+            uint32_t line[SIDE][SIDE], *to = (uint32_t *)packed;
+            for (int i = 0; i < SIDE; i++) memcpy(line[i], rows + (panel + i) * stride + step, sizeof line[i]);
+            for (int i = 0; i < SIDE; i++)
+                for (int k = 0; k < SIDE; k++) to[i * SIDE + k] = line[k][i];
+        }
+}
+
+/* Rows [length, channels] as the right matrix of a product over the rows: [panels of 16 channels, steps of 32 rows]. */
+static void pack_values(const bf16 *rows, int64_t stride, int64_t length, int64_t channels, Pairs *packed) {
+    for (int64_t panel = 0; panel < channels; panel += SIDE)
+        for (int64_t row = 0; row < length; row += 2, packed++)
+            *packed = (Bits)widen(rows + row * stride + panel) >> 16 | (Bits)widen(rows + (row + 1) * stride + panel);
+}
+
+/* Sums 0 to 3 of `steps` products of two panels of 16 lines, `left_stride` numbers apart, and two packed ones. */
+static inline void multiply(const bf16 *left, int64_t left_stride, const Pairs *right, int64_t panel, int64_t steps) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (; steps; steps--, left += STEP, right += SIDE) {
+        _tile_loadd(6, right, sizeof(Pairs));
+        _tile_loadd(7, right + panel, sizeof(Pairs));
+        _tile_loadd(4, left, left_stride * (int64_t)sizeof *left);
+        _tile_loadd(5, left + SIDE * left_stride, left_stride * (int64_t)sizeof *left);
+        ALL_FOUR
+    }
+}
+
+/* Causal attention: queries and keys [B, H or K, L, C], values [B, K, L, V], out [B, L, H, V]; `strides` are those of the
+   first three axes of queries, keys and values. All lengths are multiples of 32. Scores are fp32, probabilities rounded.
+   A part is a sequence's head of keys, with all the queries' that read it. Does nothing where memory is short. */
+void attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, int32_t *is_done, const int64_t *strides,
+               int64_t length, int64_t channels, int64_t values, int64_t heads, int64_t key_heads, int64_t window,
+               float scale, int64_t first, int64_t last) {
+    /* lines as far apart as a power of two would drive each other out of the cache */
+    int64_t apart = length + STEP, repeats = heads / key_heads, steps = channels / STEP, blocks = length / STEP;
+    size_t size = (size_t)(length * (channels + values) * 2 + STEP * apart * 6 + STEP * STEP * 4);
+    char *room = aligned_alloc(64, size);
+    if (!room) return;
+    Pairs *keys = (Pairs *)room, *packed = keys + length * channels / STEP;
+    float *scores = (float *)(packed + length * values / STEP), *sums = scores + STEP * apart;
+    bf16 *shares = (bf16 *)(sums + STEP * STEP);
+    configure_tiles();
+    for (int64_t part = first; part < last; part++) {
+        int64_t sequence = part / key_heads, key_head = part % key_heads;
+        pack_keys(k + sequence * strides[3] + key_head * strides[4], strides[5], length, channels, keys);
+        pack_values(v + sequence * strides[6] + key_head * strides[7], strides[8], length, values, packed);
+        for (int64_t head = key_head * repeats; head < (key_head + 1) * repeats; head++)
+            for (int64_t start = 0; start < length; start += STEP) {
+                const bf16 *rows = q + sequence * strides[0] + head * strides[1] + start * strides[2];
+                int64_t from = start >= window ? (start - window + 1) / STEP * STEP : 0, seen = start + STEP - from;
+                BARRIER;
+                for (int64_t j = 0; j < seen; j += STEP) {
+                    multiply(rows, strides[2], keys + (from + j) / SIDE * steps * SIDE, steps * SIDE, steps);
+                    store_sums(scores + j, apart);
+                }
+                BARRIER;
+                for (int64_t i = 0; i < STEP; i++) {
+                    int64_t end = seen - STEP + i + 1, begin = end > window ? end - window : 0;
+                    softmax_row(scores + i * apart, shares + i * apart, seen, begin, end, scale);
+                }
+                BARRIER;
+                for (int64_t j = 0; j < values; j += STEP) {
+                    multiply(shares, apart, packed + (j / SIDE * blocks + from / STEP) * SIDE, blocks * SIDE,
+                             seen / STEP);
+                    store_sums(sums, STEP);
+                    BARRIER;
+                    for (int64_t i = 0; i < STEP; i++)
+                        for (int64_t c = 0; c < STEP; c += LANES) {
+                            Floats x;
+                            memcpy(&x, sums + i * STEP + c, sizeof x);
+                            narrow(x, out + ((sequence * length + start + i) * heads + head) * values + j + c);
+                        }
+                }
+            }
+    }
+    _tile_release();
+    free(room);
+    __atomic_fetch_add(is_done, (int32_t)(last - first), __ATOMIC_RELAXED);
+}
+
+#endif
 
 /* silu(gate) * up; torch rounds between the two. A part is LANES numbers. */
 void swiglu(const bf16 *gate, const bf16 *up, bf16 *out, int64_t first, int64_t last) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["combine", "fits", "rms_norm", "rotate", "softmax", "swiglu"]
+__all__ = ["attends", "attention", "combine", "fits", "has_tiles", "rms_norm", "rotate", "softmax", "swiglu"]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _LANES = 16  # numbers that are worked on together
+_STEP = 32  # numbers that a product of tiles sums over
 _VALUE = 0.5  # nanoseconds that a number takes, about
+_PRODUCT = 256  # terms of a product in tiles a nanosecond
 
 
 def fits(*tensors: Tensor, width: int = _LANES) -> bool:
@@ -55,6 +58,46 @@ def rotate(x_BLHC: Tensor, cosine_LC: Tensor, sine_LC: Tensor) -> Tensor:
     sizes = (length, heads, channels, cosine_LC.shape[-1])
     _run("rotate", (x_BLHC, cosine_LC, sine_LC, out_BHLC), sizes, batch * length, heads * channels)
     return out_BHLC
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether attention goes through tiles of bf16 (Intel AMX): the compiler knows them and the kernel grants them."""
+    request = getattr(library(_SOURCE), "request_tiles", None)
+    return request is not None and request() == 0
+
+
+def attends(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLV: Tensor) -> bool:
+    """Whether `attention` takes such tensors."""
+    return (
+        not torch.is_grad_enabled()
+        and q_BHLC.shape[2] == k_BKLC.shape[2]
+        and all(x.dtype is torch.bfloat16 and x.device.type == "cpu" for x in (q_BHLC, k_BKLC, v_BKLV))
+        and all(x.stride(-1) == 1 and not (x.shape[2] % _STEP or x.shape[3] % _STEP) for x in (q_BHLC, k_BKLC, v_BKLV))
+        and has_tiles()
+    )
+
+
+def attention(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLV: Tensor, window: int | None, scale: float) -> Tensor:
+    """Causal attention `[B, H, L, V]`, laid out as `[B, L, H, V]`; heads of queries share those of keys in order.
+
+    Raises:
+        MemoryError: there is no room for a head's keys and scores.
+    """
+    batch, heads, length, channels = q_BHLC.shape
+    key_heads, values = v_BKLV.shape[1], v_BKLV.shape[3]
+    out_BLHV = q_BHLC.new_empty(batch, length, heads, values)
+    done, strides = torch.zeros(1, dtype=torch.int32), [x.stride()[:3] for x in (q_BHLC, k_BKLC, v_BKLV)]
+    sizes = (length, channels, values, heads, key_heads, sys.maxsize if window is None else window)
+    total = batch * key_heads
+    cost = heads // key_heads * length**2 * (1 + (channels + values) / _PRODUCT)
+    arguments = [*map(ctypes.c_int64, sizes), ctypes.c_float(scale)]
+    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (q_BHLC, k_BKLC, v_BKLV)]
+    tensors = (out_BLHV, done, torch.tensor(strides))
+    run_parts(_SOURCE, "attention", tensors, arguments, total, cost, before=pointers)
+    if done != total:
+        raise MemoryError(f"no memory for the attention of {length} positions")
+    return out_BLHV.transpose(1, 2)
 
 
 def softmax(scores_SQK: Tensor, start: int, first_key: int, window: int | None) -> Tensor:

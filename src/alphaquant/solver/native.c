@@ -7,11 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AMX_BF16__) && defined(__linux__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "../tiles.h"
 
 #define LANES 16
 #define VECTORS 4
@@ -229,7 +225,7 @@ void rounding_errors(const float *w, const float *step, const float *zero, const
     BY_KIND(measure, w, step, zero, importance, error, groups_a_row, size, first, last, *grid)
 }
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#ifdef HAS_TILES
 
 /* Products of fp32 matrices in tiles of bf16: each number as the sum of two, high·high + high·low + low·high summed in
    fp32. What is left out is 2^-18 of a term.
@@ -237,28 +233,8 @@ void rounding_errors(const float *w, const float *step, const float *zero, const
    A packed matrix is [panels of 16, steps of 32, halves (high, low), 16] lines of 16 pairs. Pairs of a left matrix are
    neighbours in a row of it, those of a right one are neighbours in a column. */
 
-typedef uint32_t Pairs __attribute__((vector_size(LANES * sizeof(uint32_t))));
-#define SIDE 16          /* lines of a tile, and pairs in a line */
-#define STEP (2 * SIDE)  /* numbers that a product of tiles sums over; also lines of both halves */
-#define PANELS 8         /* of rows that a call works on together */
+#define PANELS 8 /* of rows that a call works on together */
 #define SUBTILES (PANELS * SIDE / ROWS)
-
-/* Asks the kernel for the tiles, for all threads: 0 if it grants them. */
-int request_tiles(void) { return (int)syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */); }
-
-static void configure_tiles(void) {
-    struct __attribute__((packed)) {
-        uint8_t palette, start_row, reserved[14];
-        uint16_t bytes[16];
-        uint8_t lines[16];
-    } config = {.palette = 1};
-    for (int i = 0; i < 8; i++) {
-        config.bytes[i] = SIDE * sizeof(uint32_t);
-        config.lines[i] = SIDE;
-    }
-    /* not _tile_loadconfig: GCC believes that it reads eight bytes, and leaves out what sets the others */
-    __asm__ volatile("ldtilecfg %0" : : "m"(config));
-}
 
 /* The nearest bf16, half to even, in the upper 16 bits. */
 static inline Pairs to_bf16(Vector x) {
@@ -295,21 +271,11 @@ void pack_transposed(const float *x, Pairs *packed, int64_t columns, int64_t is_
     }
 }
 
-#define BARRIER __asm__ volatile("" ::: "memory") /* compilers do not see what tiles read */
-#define ALL_FOUR                                                                                                       \
-    _tile_dpbf16ps(0, 4, 6);                                                                                           \
-    _tile_dpbf16ps(1, 4, 7);                                                                                           \
-    _tile_dpbf16ps(2, 5, 6);                                                                                           \
-    _tile_dpbf16ps(3, 5, 7);
-
 /* t[i] += Σ left[i, j] * right[j] over so many steps of j, for two panels of either: 32 lines of t, of 32 numbers. */
 static inline void add_product(float *t, const Pairs *left, int64_t left_panel, const Pairs *right, int64_t right_panel,
                                int64_t steps) {
-    const int64_t stride = sizeof(Line), line = sizeof(Pairs), down = SIDE * ROWS;
-    _tile_loadd(0, t, stride);
-    _tile_loadd(1, t + SIDE, stride);
-    _tile_loadd(2, t + down, stride);
-    _tile_loadd(3, t + down + SIDE, stride);
+    const int64_t line = sizeof(Pairs);
+    load_sums(t, ROWS);
     for (int64_t step = 0; step < steps; step++, left += STEP, right += STEP) {
         _tile_loadd(6, right, line);
         _tile_loadd(7, right + right_panel, line);
@@ -323,10 +289,7 @@ static inline void add_product(float *t, const Pairs *left, int64_t left_panel, 
         _tile_loadd(7, right + right_panel + SIDE, line);
         ALL_FOUR
     }
-    _tile_stored(0, t, stride);
-    _tile_stored(1, t + SIDE, stride);
-    _tile_stored(2, t + down, stride);
-    _tile_stored(3, t + down + SIDE, stride);
+    store_sums(t, ROWS);
 }
 
 typedef Line Lines[SUBTILES][COLUMNS];
@@ -586,7 +549,7 @@ void pack_rows(const uint16_t *x, const float *root, const int64_t *begin, const
 void add_grams(const Pairs *packed, const int64_t *starts, float *sums, int64_t columns, int64_t steps, int64_t band,
                int64_t expert, int64_t first, int64_t last) {
     enum { NEAR = 8 }; /* blocks of columns whose rows stay in the cache while all lines go by */
-    const int64_t blocks = columns / STEP, panel = steps * STEP, line = sizeof(Pairs), stride = columns * sizeof(float);
+    const int64_t blocks = columns / STEP, panel = steps * STEP, line = sizeof(Pairs);
     configure_tiles();
     for (int64_t own = first; own < last; own = (own / blocks + 1) * blocks)
         for (int64_t from = 0; from < blocks; from += NEAR)
@@ -599,10 +562,7 @@ void add_grams(const Pairs *packed, const int64_t *starts, float *sums, int64_t 
                     const Pairs *left = packed + 2 * i * panel + starts[e] * STEP + SIDE;
                     const Pairs *right = packed + 2 * j * panel + starts[e] * STEP;
                     BARRIER;
-                    _tile_loadd(0, t, stride);
-                    _tile_loadd(1, t + SIDE, stride);
-                    _tile_loadd(2, t + SIDE * columns, stride);
-                    _tile_loadd(3, t + SIDE * columns + SIDE, stride);
+                    load_sums(t, columns);
                     for (int64_t step = starts[e]; step < starts[e + 1]; step++, left += STEP, right += STEP) {
                         _tile_loadd(6, right, line);
                         _tile_loadd(7, right + panel, line);
@@ -610,10 +570,7 @@ void add_grams(const Pairs *packed, const int64_t *starts, float *sums, int64_t 
                         _tile_loadd(5, left + panel, line);
                         ALL_FOUR
                     }
-                    _tile_stored(0, t, stride);
-                    _tile_stored(1, t + SIDE, stride);
-                    _tile_stored(2, t + SIDE * columns, stride);
-                    _tile_stored(3, t + SIDE * columns + SIDE, stride);
+                    store_sums(t, columns);
                     BARRIER;
                 }
             }
