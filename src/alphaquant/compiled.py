@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +30,7 @@ _TILES = Path(__file__).with_name("tiles.h")  # which they include
 _COMPILERS = ("cc", "gcc", "clang")
 # without contraction a product and a sum are rounded one by one, as in torch
 _FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")
-_WORTH_A_THREAD = 1 << 17  # nanoseconds of work, about: with less, starting one takes longer than it saves
+_WORTH_A_THREAD = 1 << 16  # nanoseconds of work, about: with less, calling one takes longer than it saves
 
 
 def run_parts(
@@ -65,12 +65,20 @@ def run_parts(
     def part(index: int) -> None:  # the library is called without Python's lock
         function(*fixed, ctypes.c_int64(ends[index]), ctypes.c_int64(ends[index + 1]))
 
-    others = [threading.Thread(target=part, args=(index,)) for index in range(1, num_threads)]
-    for thread in others:
-        thread.start()
+    others = [_threads().submit(part, index) for index in range(1, num_threads)]
     part(0)
-    for thread in others:
-        thread.join()
+    for other in others:
+        other.result()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    """Threads that are kept: starting one takes as long as many a call."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="alphaquant-loops")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
 
 
 @cache
