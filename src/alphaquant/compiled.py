@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["library", "run_parts"]
+__all__ = ["blocks_of", "library", "run_parts"]
 
 _TILES = Path(__file__).with_name("tiles.h")  # which they include
 _COMPILERS = ("cc", "gcc", "clang")
@@ -69,6 +69,18 @@ def run_parts(
     part(0)
     for other in others:
         other.result()
+
+
+def blocks_of(counts_E: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows that are sorted by expert, in blocks of one expert: its number, and where a block begins and ends.
+
+    The last block of an expert may be short; one without rows has none.
+    """
+    ends_E, blocks_E = counts_E.cumsum(0), (counts_E + size - 1) // size
+    expert_S = torch.arange(len(counts_E)).repeat_interleave(blocks_E)
+    first_E = blocks_E.cumsum(0) - blocks_E
+    begin_S = (ends_E - counts_E)[expert_S] + size * (torch.arange(len(expert_S)) - first_E[expert_S])
+    return expert_S, begin_S, torch.minimum(begin_S + size, ends_E[expert_S])
 
 
 @cache

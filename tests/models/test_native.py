@@ -14,6 +14,7 @@ import alphaquant
 from alphaquant import compiled
 from alphaquant.models import native
 from alphaquant.models.attention import _rotate, rms_norm
+from alphaquant.models.linear import expert_linear
 
 HALF = 2.0**-8  # of a unit in the last place of bf16: what a rounding is off by at most, relatively
 
@@ -147,6 +148,21 @@ def test_what_is_no_number_stays_none(bad: float) -> None:
     ):
         assert found[0].isfinite().all()
         assert not found[1].isfinite().all()
+
+
+@in_tiles
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 64), (256, 128), (1024, 32)])
+def test_products_by_expert(inputs: int, outputs: int) -> None:
+    counts = torch.tensor([33, 0, 1, 32, 100, 0, 31, 0])
+    x, w = noise(int(counts.sum()), inputs), noise(len(counts), outputs, inputs)
+    assert native.multiplies(x, w)
+    parts = zip(x.split(counts.tolist()), w, strict=True)
+    truth = torch.cat([part.double() @ own.double().T for part, own in parts])
+    found = native.expert_products(x, counts, w)
+    assert ((found - truth).abs() <= HALF * truth.abs() * 1.01 + 1e-4).all()
+    assert torch.equal(expert_linear(x, counts, {"a.weight": w}, "a"), found)
+    assert not native.multiplies(x, w.float())
+    assert not native.multiplies(x, noise(2, 1 << 18, inputs))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 8])

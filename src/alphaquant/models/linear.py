@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from alphaquant.formats import Inputs, round_inputs
+from alphaquant.models import native
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -95,6 +96,8 @@ def _by_expert(x_RI: Tensor, counts_E: Tensor, w_EOI: Tensor) -> Tensor:
     """
     if _can_group(x_RI, w_EOI):
         return F.grouped_mm(x_RI, w_EOI.transpose(1, 2), offs=counts_E.cumsum(0, dtype=torch.int32))
+    if native.multiplies(x_RI, w_EOI):
+        return native.expert_products(x_RI, counts_E, w_EOI)
     if torch.is_grad_enabled():
         parts = zip(x_RI.split(counts_E.tolist()), w_EOI.unbind(), strict=True)
         return torch.cat([F.linear(part, w_OI) for part, w_OI in parts])

@@ -239,6 +239,44 @@ void attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, int32_t *
     __atomic_fetch_add(is_done, (int32_t)(last - first), __ATOMIC_RELAXED);
 }
 
+/* Weights [E, O, I] for `expert_products`; a part is 16 outputs of an expert. */
+void pack_weights(const bf16 *weights, Pairs *packed, int64_t inputs, int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; part++)
+        pack_keys(weights + part * SIDE * inputs, inputs, SIDE, inputs, packed + part * inputs / STEP * SIDE);
+}
+
+/* Rows [R, I] times packed weights of their experts: [R, O]. A part is the rows begin … end, 32 at most, of `expert`. */
+void expert_products(const bf16 *x, const Pairs *packed, bf16 *out, const int64_t *expert, const int64_t *begin,
+                     const int64_t *end, int64_t rows, int64_t inputs, int64_t outputs, int64_t first, int64_t last) {
+    enum { WIDEST = 1024 }; /* inputs */
+    int64_t steps = inputs / STEP;
+    bf16 rest[STEP * WIDEST];
+    float sums[STEP * STEP];
+    configure_tiles();
+    for (int64_t part = first; part < last; part++) {
+        const bf16 *from = x + begin[part] * inputs;
+        int64_t count = end[part] - begin[part];
+        if (begin[part] + STEP > rows) { /* nothing lies behind the last rows */
+            memset(rest, 0, (size_t)(STEP * inputs) * sizeof *rest);
+            from = memcpy(rest, from, (size_t)(count * inputs) * sizeof *rest);
+        }
+        const Pairs *weights = packed + expert[part] * outputs / SIDE * steps * SIDE;
+        for (int64_t o = 0; o < outputs; o += STEP, weights += 2 * steps * SIDE) {
+            BARRIER;
+            multiply(from, inputs, weights, steps * SIDE, steps);
+            store_sums(sums, STEP);
+            BARRIER;
+            for (int64_t i = 0; i < count; i++)
+                for (int64_t c = 0; c < STEP; c += LANES) {
+                    Floats y;
+                    memcpy(&y, sums + i * STEP + c, sizeof y);
+                    narrow(y, out + (begin[part] + i) * outputs + o + c);
+                }
+        }
+    }
+    _tile_release();
+}
+
 #endif
 
 /* silu(gate) * up; torch rounds between the two. A part is LANES numbers. */

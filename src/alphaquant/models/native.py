@@ -14,18 +14,32 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alphaquant.compiled import library, run_parts
+from alphaquant.compiled import blocks_of, library, run_parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-__all__ = ["attends", "attention", "combine", "fits", "has_tiles", "rms_norm", "rotate", "softmax", "swiglu"]
+__all__ = [
+    "attends",
+    "attention",
+    "combine",
+    "expert_products",
+    "fits",
+    "has_tiles",
+    "multiplies",
+    "rms_norm",
+    "rotate",
+    "softmax",
+    "swiglu",
+]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _LANES = 16  # numbers that are worked on together
 _STEP = 32  # numbers that a product of tiles sums over
+_WIDEST = 1024  # inputs, as in native.c
+_NARROW = 1 << 18  # weights of an expert, beyond which the library's products are faster
 _VALUE = 0.5  # nanoseconds that a number takes, about
 _PRODUCT = 256  # terms of a product in tiles a nanosecond
 
@@ -98,6 +112,31 @@ def attention(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLV: Tensor, window: int | None
     if done != total:
         raise MemoryError(f"no memory for the attention of {length} positions")
     return out_BLHV.transpose(1, 2)
+
+
+def multiplies(x_RI: Tensor, w_EOI: Tensor) -> bool:
+    """Whether `expert_products` takes such tensors, and is faster than a product of the library for each expert."""
+    outputs, inputs = w_EOI.shape[1:]
+    return (
+        fits(x_RI, w_EOI, width=inputs)
+        and not (inputs % _STEP or outputs % _STEP)
+        and inputs <= _WIDEST
+        and inputs * outputs <= _NARROW
+        and has_tiles()
+    )
+
+
+def expert_products(x_RI: Tensor, counts_E: Tensor, w_EOI: Tensor) -> Tensor:
+    """Each row times the weight of its expert `[R, O]`; rows are sorted by expert."""
+    num_experts, outputs, inputs = w_EOI.shape
+    packed = torch.empty_like(w_EOI)
+    arguments = [ctypes.c_int64(inputs)]
+    run_parts(_SOURCE, "pack_weights", (w_EOI, packed), arguments, num_experts * outputs // 16, 16 * inputs * _VALUE)
+    out_RO = x_RI.new_empty(len(x_RI), outputs)
+    blocks = blocks_of(counts_E, _STEP)
+    cost = int(_STEP * inputs * outputs / _PRODUCT / _VALUE)
+    _run("expert_products", (x_RI, packed, out_RO, *blocks), (len(x_RI), inputs, outputs), len(blocks[0]), cost)
+    return out_RO
 
 
 def softmax(scores_SQK: Tensor, start: int, first_key: int, window: int | None) -> Tensor:

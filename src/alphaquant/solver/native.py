@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from alphaquant.compiled import library, run_parts
+from alphaquant.compiled import blocks_of, library, run_parts
 from alphaquant.formats import Grid
 from alphaquant.solver.bands import width_of
 
@@ -286,11 +286,8 @@ def add_grams(upper_EII: Tensor, x_RI: Tensor, counts_E: Tensor, weight_R: Tenso
     num_experts, size, _ = upper_EII.shape
     root_R = None if weight_R is None else weight_R.sqrt()
     # S: steps of 32 rows, of which the last of each expert may be short
-    ends_E, steps_E = counts_E.cumsum(0), (counts_E + STEP - 1) // STEP
-    starts_E = torch.cat([steps_E.new_zeros(1), steps_E.cumsum(0)])
-    expert_S = torch.arange(num_experts).repeat_interleave(steps_E)
-    begin_S = (ends_E - counts_E)[expert_S] + STEP * (torch.arange(len(expert_S)) - starts_E[expert_S])
-    end_S = torch.minimum(begin_S + STEP, ends_E[expert_S])
+    expert_S, begin_S, end_S = blocks_of(counts_E, STEP)
+    starts_E = torch.searchsorted(expert_S, torch.arange(num_experts + 1))
     together = max(1, _PACKED // (2 * STEP * size * x_RI.itemsize))
     for start in range(0, len(expert_S), together):
         part = slice(start, start + together)
