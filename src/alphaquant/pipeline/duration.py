@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from alphaquant.models import MoESpec
 from alphaquant.pipeline.collect import widths
-from alphaquant.solver import SPENDING, Backend, Method, backend_for
+from alphaquant.solver import SPENDING, Backend, Method, backend_for, native
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,8 +26,18 @@ if TYPE_CHECKING:
 __all__ = ["foretell_seconds"]
 
 _READ_BYTES = 1e9  # a second, from a disk
-# operations of a product that take as long as one weight's search, walk and sweep, beside their own products
-_TORCH, _FASTER = (9e3, 9e3, 2e4), (3e3, 2e3, 4e3)
+
+
+class _Cost(NamedTuple):
+    """Of a weight in operations of an fp32 product: search; walk, sweep beside their products; and one of these."""
+
+    search: float
+    walk: float
+    sweep: float
+    product: float = 1.0
+
+
+_TORCH, _FASTER, _IN_TILES = _Cost(9e3, 9e3, 2e4), _Cost(3e3, 2e3, 4e3), _Cost(3e3, 1e3, 2e3, 0.6)
 
 
 def foretell_seconds(
@@ -89,12 +99,19 @@ def foretell_seconds(
 def _solve_work(parameter: Parameter, recipe: Recipe, device: torch.device, *, calibrated: bool) -> float:
     in_features = parameter.shape[-1]
     spending = SPENDING[recipe.effort]
-    search, walk, sweep = _TORCH if backend_for(device.type, recipe.backend) is Backend.TORCH else _FASTER
-    work = search if spending.search else 0.0
+    cost = _cost(backend_for(device.type, recipe.backend))
+    inputs = in_features * cost.product
+    work = cost.search if spending.search else 0.0
     if calibrated and recipe.method is Method.GPTQ:
-        work += spending.walks * (walk + in_features) + spending.refits * (sweep + 3 * in_features)
-        work += 2 * in_features + spending.sweeps * (sweep + 2 * in_features)
+        work += spending.walks * (cost.walk + inputs) + spending.refits * (cost.sweep + 3 * inputs)
+        work += 2 * inputs + spending.sweeps * (cost.sweep + 2 * inputs)
     return math.prod(parameter.shape) * work
+
+
+def _cost(backend: Backend) -> _Cost:
+    if backend is Backend.TORCH:
+        return _TORCH
+    return _IN_TILES if backend is Backend.NATIVE and native.has_tiles() else _FASTER
 
 
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
