@@ -1,7 +1,8 @@
 """What a forward pass does between its products, in C, for bf16 on a CPU: norms, rotations, softmax, sums of experts.
 
-torch takes several passes over memory for each of them, which on narrow models is most of a forward pass. Each function
-of `native.c` does what the torch code where it is called does, with fewer roundings on the way.
+torch takes several passes over memory for each of them, which on narrow models is most of a forward pass. Where the CPU
+has AMX, attention and the products of narrow experts go through its tiles too. Each function of `native.c` does what
+the torch code where it is called does, with fewer roundings on the way.
 """
 
 from __future__ import annotations
