@@ -40,10 +40,8 @@ def run_parts(
     numbers: Sequence[object],
     total: int,
     cost: float,
-    *,
-    before: Sequence[object] = (),
 ) -> None:
-    """Call `name(before…, tensors…, numbers…, first, last)` for `total` parts of its work, by as many threads as torch.
+    """Call `name(tensors…, numbers…, first, last)` for `total` parts of its work, by as many threads as torch.
 
     Args:
         source: where the function is written; `library` must have made it.
@@ -52,13 +50,12 @@ def run_parts(
         numbers: what it is given after them, of C's types.
         total: parts.
         cost: nanoseconds that a part takes, about.
-        before: what it is given first, of C's types.
     """
     assert all(x is None or x.is_contiguous() for x in tensors)
     loaded = library(source)
     assert loaded is not None
     function = getattr(loaded, name)
-    fixed = [*before, *(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors), *numbers]
+    fixed = [*(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors), *numbers]
     num_threads = max(1, min(torch.get_num_threads(), total, int(total * cost) // _WORTH_A_THREAD))
     ends = [total * part // num_threads for part in range(num_threads + 1)]
 

@@ -17,7 +17,7 @@
 #define SIDE 16         /* lines of a tile, and pairs in a line */
 #define STEP (2 * SIDE) /* numbers that a product of tiles sums over */
 
-typedef uint32_t Pairs __attribute__((vector_size(SIDE * sizeof(uint32_t))));
+typedef uint32_t Pairs __attribute__((vector_size(SIDE * sizeof(uint32_t)), may_alias));
 
 /* Asks the kernel for the tiles, for all threads: 0 if it grants them. */
 int request_tiles(void) { return (int)syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */); }
@@ -34,6 +34,14 @@ static void configure_tiles(void) {
     }
     /* not _tile_loadconfig: GCC believes that it reads eight bytes, and leaves out what sets the others */
     __asm__ volatile("ldtilecfg %0" : : "m"(config));
+}
+
+/* The 16 lines of a tile as its 16 columns of pairs. */
+static inline void transpose(const Pairs *lines, Pairs *out) {
+    const uint32_t *from = (const uint32_t *)lines;
+    uint32_t *to = (uint32_t *)out;
+    for (int i = 0; i < SIDE; i++)
+        for (int k = 0; k < SIDE; k++) to[i * SIDE + k] = from[k * SIDE + i];
 }
 
 #define BARRIER __asm__ volatile("" ::: "memory") /* compilers do not see what tiles read */

@@ -157,10 +157,9 @@ void softmax(float *scores, bf16 *out, int64_t queries, int64_t keys, int64_t st
 static void pack_keys(const bf16 *rows, int64_t stride, int64_t length, int64_t channels, Pairs *packed) {
     for (int64_t panel = 0; panel < length; panel += SIDE)
         for (int64_t step = 0; step < channels; step += STEP, packed += SIDE) {
-            uint32_t line[SIDE][SIDE], *to = (uint32_t *)packed;
-            for (int i = 0; i < SIDE; i++) memcpy(line[i], rows + (panel + i) * stride + step, sizeof line[i]);
-            for (int i = 0; i < SIDE; i++)
-                for (int k = 0; k < SIDE; k++) to[i * SIDE + k] = line[k][i];
+            Pairs line[SIDE];
+            for (int i = 0; i < SIDE; i++) memcpy(line + i, rows + (panel + i) * stride + step, sizeof line[i]);
+            transpose(line, packed);
         }
 }
 
@@ -186,10 +185,20 @@ static inline void multiply(const bf16 *left, int64_t left_stride, const Pairs *
     }
 }
 
+/* The first `count` lines of sums [32, 32] as bf16, `stride` numbers apart. */
+static inline void narrow_sums(const float *sums, bf16 *out, int64_t stride, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t c = 0; c < STEP; c += LANES) {
+            Floats x;
+            memcpy(&x, sums + i * STEP + c, sizeof x);
+            narrow(x, out + i * stride + c);
+        }
+}
+
 /* Causal attention: queries and keys [B, H or K, L, C], values [B, K, L, V], out [B, L, H, V]; `strides` are those of the
    first three axes of queries, keys and values. All lengths are multiples of 32. Scores are fp32, probabilities rounded.
    A part is a sequence's head of keys, with all the queries' that read it. Does nothing where memory is short. */
-void attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, int32_t *is_done, const int64_t *strides,
+void attention(bf16 *out, int32_t *is_done, const int64_t *strides, const bf16 *q, const bf16 *k, const bf16 *v,
                int64_t length, int64_t channels, int64_t values, int64_t heads, int64_t key_heads, int64_t window,
                float scale, int64_t first, int64_t last) {
     /* lines as far apart as a power of two would drive each other out of the cache */
@@ -225,12 +234,7 @@ void attention(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, int32_t *
                              seen / STEP);
                     store_sums(sums, STEP);
                     BARRIER;
-                    for (int64_t i = 0; i < STEP; i++)
-                        for (int64_t c = 0; c < STEP; c += LANES) {
-                            Floats x;
-                            memcpy(&x, sums + i * STEP + c, sizeof x);
-                            narrow(x, out + ((sequence * length + start + i) * heads + head) * values + j + c);
-                        }
+                    narrow_sums(sums, out + ((sequence * length + start) * heads + head) * values + j, heads * values, STEP);
                 }
             }
     }
@@ -266,12 +270,7 @@ void expert_products(const bf16 *x, const Pairs *packed, bf16 *out, const int64_
             multiply(from, inputs, weights, steps * SIDE, steps);
             store_sums(sums, STEP);
             BARRIER;
-            for (int64_t i = 0; i < count; i++)
-                for (int64_t c = 0; c < STEP; c += LANES) {
-                    Floats y;
-                    memcpy(&y, sums + i * STEP + c, sizeof y);
-                    narrow(y, out + (begin[part] + i) * outputs + o + c);
-                }
+            narrow_sums(sums, out + begin[part] * outputs + o, outputs, count);
         }
     }
     _tile_release();

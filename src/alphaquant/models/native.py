@@ -106,10 +106,10 @@ def attention(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLV: Tensor, window: int | None
     sizes = (length, channels, values, heads, key_heads, sys.maxsize if window is None else window)
     total = batch * key_heads
     cost = heads // key_heads * length**2 * (1 + (channels + values) / _PRODUCT)
-    arguments = [*map(ctypes.c_int64, sizes), ctypes.c_float(scale)]
+    # by their strides: they need not be contiguous
     pointers = [ctypes.c_void_p(x.data_ptr()) for x in (q_BHLC, k_BKLC, v_BKLV)]
-    tensors = (out_BLHV, done, torch.tensor(strides))
-    run_parts(_SOURCE, "attention", tensors, arguments, total, cost, before=pointers)
+    arguments = [*pointers, *map(ctypes.c_int64, sizes), ctypes.c_float(scale)]
+    run_parts(_SOURCE, "attention", (out_BLHV, done, torch.tensor(strides)), arguments, total, cost)
     if done != total:
         raise MemoryError(f"no memory for the attention of {length} positions")
     return out_BLHV.transpose(1, 2)

@@ -257,16 +257,14 @@ void pack_transposed(const float *x, Pairs *packed, int64_t columns, int64_t is_
         const float *from = x + panel / panels * columns * columns + panel % panels * SIDE;
         int64_t end = is_upper ? panel % panels * SIDE / STEP : steps;
         for (int64_t step = 0; step < end; step++) {
-            union { Pairs v; uint32_t x[SIDE]; } line[2 * SIDE];
+            Pairs line[2 * SIDE];
             for (int64_t i = 0; i < SIDE; i++) {
                 Vector pair[2];
                 for (int k = 0; k < 2; k++) memcpy(pair + k, from + (step * STEP + 2 * i + k) * columns, sizeof(Vector));
-                split(pair[0], pair[1], &line[i].v, &line[SIDE + i].v);
+                split(pair[0], pair[1], line + i, line + SIDE + i);
             }
-            uint32_t *to = (uint32_t *)(packed + (panel * steps + step) * STEP);
-            for (int half = 0; half < 2; half++)
-                for (int r = 0; r < SIDE; r++)
-                    for (int i = 0; i < SIDE; i++) to[(half * SIDE + r) * SIDE + i] = line[half * SIDE + i].x[r];
+            Pairs *to = packed + (panel * steps + step) * STEP;
+            for (int half = 0; half < 2; half++) transpose(line + half * SIDE, to + half * SIDE);
         }
     }
 }
@@ -525,7 +523,7 @@ void pack_rows(const uint16_t *x, const float *root, const int64_t *begin, const
                int64_t columns, int64_t steps, int64_t first, int64_t last) {
     for (int64_t step = first; step < last; step++)
         for (int64_t panel = 0; panel < columns / SIDE; panel++) {
-            union { Pairs v; uint32_t x[SIDE]; } line[SIDE];
+            Pairs line[SIDE];
             for (int64_t i = 0; i < SIDE; i++) {
                 Pairs half[2] = {0};
                 for (int64_t k = 0, row = begin[step] + 2 * i; k < 2 && row < end[step]; k++, row++) {
@@ -533,13 +531,11 @@ void pack_rows(const uint16_t *x, const float *root, const int64_t *begin, const
                     for (int c = 0; c < SIDE; c++) half[k][c] = (uint32_t)from[c] << 16;
                     if (root) half[k] = to_bf16((Vector)half[k] * root[row]);
                 }
-                line[i].v = half[0] >> 16 | half[1];
+                line[i] = half[0] >> 16 | half[1];
             }
             Pairs *to = packed + (panel * steps + step) * STEP;
             memcpy(to, line, sizeof line);
-            uint32_t *turned = (uint32_t *)(to + SIDE);
-            for (int c = 0; c < SIDE; c++)
-                for (int i = 0; i < SIDE; i++) turned[c * SIDE + i] = line[i].x[c];
+            transpose(line, to + SIDE);
         }
 }
 
