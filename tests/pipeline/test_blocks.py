@@ -14,6 +14,7 @@ from alphaquant.layouts import QuantizedCheckpoint
 from alphaquant.models import Source
 from alphaquant.pipeline import export_checkpoint, load
 from alphaquant.pipeline.collect import Collector, Reading
+from alphaquant.solver import Recipe
 from alphaquant.verification import Stored, check_stored
 
 from . import tiny
@@ -58,15 +59,22 @@ def test_each_matrix_begins_with_a_block_of_its_own(run, text, tmp_path):
         for start in range(0, len(q.scale), 128):
             part = q.scale[start : start + 128]
             assert part.equal(part[:1].expand_as(part)), name
-    alone = tiny.as_plan(json.loads((out / "alphaquant/plan.json").read_text()))
+    stored = tiny.as_plan(json.loads((out / "alphaquant/plan.json").read_text()))
     left = [{"pattern": "*.gate_proj", "skip": True}]
-    plan = alone.model_dump(exclude_none=True)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        other = Spy().install(monkeypatch)
-        tiny.quantize(model, tmp_path / "out", {**plan, "overrides": [*plan["overrides"], *left]}, text)
-    for name, q in in_blocks(other).items():
+    plan = stored.model_dump(exclude_none=True)
+    both = []
+    for name, overrides in (("all", []), ("some", left)):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            both.append(Spy().install(monkeypatch))
+            # a gate that is left rounds no inputs, which changes what `down` reads, and what `up` would make up for
+            recipe = Recipe(equalize=False)
+            tiny.quantize(
+                model, tmp_path / name, {**plan, "overrides": [*plan["overrides"], *overrides]}, text, recipe=recipe
+            )
+    beside, alone = map(in_blocks, both)
+    for name, q in alone.items():
         if name.startswith("model.layers.0.") and name.endswith("up_proj"):
-            assert_same_codes(q, found[name], name)  # whatever is solved beside it
+            assert_same_codes(q, beside[name], name)  # whatever is solved beside it
 
 
 def test_what_is_written_is_what_was_solved_and_converts_back(run, tmp_path):

@@ -183,7 +183,7 @@ def _branch_and_bound(
         row = csr_matrix((size // unit / max(left, 1))[None])
         with _silenced():
             found = milp(
-                cost * (_SCALE / scale),
+                cost / scale * _SCALE,  # in this order: of a scale next to nothing there is no inverse
                 integrality=np.ones(len(cost)),
                 bounds=Bounds(0, 1),
                 constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(row, -np.inf, left / max(left, 1))],

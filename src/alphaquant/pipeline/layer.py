@@ -145,10 +145,7 @@ class LayerQuantizer:
                         notes += rows_left_out(seen, self.spec, layer, f"layer {layer}, {where}")
                 self._tell("solve", layer)
                 with self.clock("solve"):
-                    for reading, some in own.items():
-                        hessian = collector.hessians.pop(reading, None)
-                        same = [stack for stack in stacks if stack.reading == reading]
-                        self.solver.solve(layer, weights, same, some, hessian, result)
+                    self._solve(layer, weights, stacks, takes, collector, result)
                 routing = collector.routing() or routing
             self._share(weights, stacks, {reading: ranks for reading, (ranks, _) in shares.items()})
             if x_NLD is not None:
@@ -276,6 +273,42 @@ class LayerQuantizer:
                             part = target[experts]
                             self.team.spread(part, rank)
                             target[experts] = part
+
+    def _solve(
+        self,
+        layer: int,
+        weights: LayerWeights,
+        stacks: Sequence[Stack],
+        takes: Mapping[Reading, list[range]],
+        collector: Collector,
+        result: QuantizedLayer,
+    ) -> None:
+        """Solve what this process takes, and let `up` make up for what any process scaled in `down`."""
+        for reading, ranks in takes.items():
+            own, scale_EI = ranks[self.team.rank], None
+            same = [stack for stack in stacks if stack.reading == reading]
+            if own:
+                hessian = collector.hessians.pop(reading, None)
+                scale_EI = self.solver.solve(layer, weights, same, own, hessian, result)
+            for stack in same:
+                self._make_up(layer, weights, stack, ranks, scale_EI)
+
+    def _make_up(
+        self, layer: int, weights: LayerWeights, stack: Stack, ranks: Sequence[range], scale_EI: Tensor | None
+    ) -> None:
+        """Scale the rows of `up` that feed the columns which each process scaled; `scale` is this one's."""
+        up = self.solver.equalizer(layer, stack)
+        if up is None:
+            return
+        target_EOI = weights[up.key] if up.num_experts else weights[up.key][None]
+        for rank, share in enumerate(ranks):
+            experts = [expert for expert in stack.experts if expert in share]
+            if experts:
+                part_EO = target_EOI.new_empty(len(experts), up.shape[0], dtype=torch.float32)
+                if rank == self.team.rank and scale_EI is not None:
+                    part_EO = scale_EI[[expert - share.start for expert in experts]]
+                self.team.spread(part_EO, rank)
+                target_EOI[experts] = (target_EOI[experts] * part_EO[..., None]).to(target_EOI.dtype)
 
     def _propagate(
         self, half: Callable[..., None], layer: int, weights: LayerWeights, x_NLD: Stream, where: str

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from alphaquant.errors import NumericsError
-from alphaquant.formats import QuantizedTensor, dequantize
+from alphaquant.formats import Inputs, QuantizedTensor, dequantize
 from alphaquant.pipeline.collect import Reading
 from alphaquant.pipeline.records import LayerRecord, ModuleRecord
 from alphaquant.solver import Evidence, HessianSum, Method, experts_a_part, quantize_stack
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from alphaquant.solver import Outcome, Recipe
 
 __all__ = ["LayerSolver", "QuantizedLayer", "Stack"]
+
+_DOWN = "down_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,22 @@ class LayerSolver:
             stacks.setdefault((source, scheme, tuple(members)), []).append(expert)
         return [Stack(source, scheme, members, tuple(e)) for (source, scheme, members), e in stacks.items()]
 
+    def equalizer(self, layer: int, stack: Stack) -> Parameter | None:
+        """The `up` whose rows make up for what the columns of a stack of `down` are scaled by; None: these are left.
+
+        Both must be quantized, for scales that are kept in bf16 would cost what they gain, and inputs not be rounded.
+        """
+        role = stack.parameters[0].role
+        if not self.recipe.equalize or not role.endswith(_DOWN) or stack.scheme.inputs != Inputs():
+            return None
+        parameters = {parameter.key: parameter for parameter in self.spec.parameters(layer)}
+        up = role.removesuffix(_DOWN) + "up_proj"
+        found = next(parameter for parameter in parameters.values() if parameter.role == up)
+        names = self.names(layer, found)
+        if found.key.replace("weight", "bias") in parameters:
+            return None
+        return found if all(self.schemes[names[expert]] is not None for expert in stack.experts) else None
+
     def solve(
         self,
         layer: int | None,
@@ -98,17 +116,25 @@ class LayerSolver:
         collected: range,
         hessian: HessianSum | None,
         result: QuantizedLayer,
-    ) -> None:
+    ) -> Tensor:
         """Solve the `collected` experts of all stacks that read one source alike, part by part.
 
         Their de-quantized weights are put in place.
+
+        Returns:
+            What their inputs must be multiplied by, `[E, I]` for so many experts: ones where there is no `equalizer`.
         """
+        in_features = stacks[0].parameters[0].shape[1]
+        scale_EI = torch.ones(len(collected), in_features, device=weights[stacks[0].parameters[0].key].device)
         for stack in stacks:
             experts = [expert for expert in stack.experts if expert in collected]
             rows = sum(parameter.shape[0] for parameter in stack.parameters)
             at_once = experts_a_part(rows, stack.parameters[0].shape[1], self.workspace_weights)
             for start in range(0, len(experts), at_once):
-                self._solve_part(layer, weights, stack, experts[start : start + at_once], collected, hessian, result)
+                part = experts[start : start + at_once]
+                outcome = self._solve_part(layer, weights, stack, part, collected, hessian, result)
+                scale_EI[[expert - collected.start for expert in part]] = outcome.scale_EI
+        return scale_EI
 
     def round(self, weights: LayerWeights, parameter: Parameter, scheme: Scheme, result: QuantizedLayer) -> None:
         """Round one matrix that has no input to calibrate on, and put another in its place."""
@@ -125,7 +151,7 @@ class LayerSolver:
         collected: range,
         hessian: HessianSum | None,
         result: QuantizedLayer,
-    ) -> None:
+    ) -> Outcome:
         stacked = [weights[p.key] if p.num_experts else weights[p.key][None] for p in stack.parameters]
         w_EOI = torch.cat([w[experts] for w in stacked], 1)
         h_EII, evidence = None, None
@@ -141,7 +167,10 @@ class LayerSolver:
                     remedy="run with --dtype fp32",
                 )
         effective_E = None if evidence is None else evidence.effective_E
-        outcome = quantize_stack(w_EOI, h_EII, effective_E, stack.scheme, self.recipe, self.workspace_weights)
+        equalizes = layer is not None and self.equalizer(layer, stack) is not None
+        outcome = quantize_stack(
+            w_EOI, h_EII, effective_E, stack.scheme, self.recipe, self.workspace_weights, equalizes=equalizes
+        )
         new_EOI = dequantize(outcome.quantized, w_EOI.dtype)
         start = 0
         for parameter, target in zip(stack.parameters, stacked, strict=True):
@@ -151,6 +180,7 @@ class LayerSolver:
             for position, expert in enumerate(experts):
                 self._note(result, parameter, names[expert], outcome, evidence, rows, position)
             start = rows.stop
+        return outcome
 
     def _note(
         self,

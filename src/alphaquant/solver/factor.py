@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,8 @@ import torch
 from alphaquant.solver.backend import Backend, kernels_for
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 __all__ = ["Factor", "damp", "factorize", "shrink"]
@@ -42,6 +44,18 @@ class Factor:
     damping_E: Tensor
     retries_E: Tensor
     packed_EII: Tensor | None = None
+
+    def in_natural_order(self) -> Tensor:
+        """`D` by input column."""
+        return self.curvature_EI.gather(1, self.order_EI.argsort(1))
+
+    def scaled(self, scale_EI: Tensor, backend: Backend = Backend.AUTO) -> Factor:
+        """The factors of `S H S` for scales of input columns, walked in the same order."""
+        scale_EI = scale_EI.gather(1, self.order_EI)
+        feedback_EII = self.feedback_EII * scale_EI[:, :, None] / scale_EI[:, None]
+        curvature_EI = self.curvature_EI * scale_EI.square()
+        packed_EII = _packed(feedback_EII, backend)
+        return replace(self, feedback_EII=feedback_EII, curvature_EI=curvature_EI, packed_EII=packed_EII)
 
 
 def shrink(h_EII: Tensor, effective_E: Tensor, samples: float) -> Tensor:
@@ -114,15 +128,19 @@ def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True, backe
     del chol_EII
     root_EI = upper_EII.diagonal(dim1=1, dim2=2).clone()
     feedback_EII = upper_EII.div_(root_EI[:, None, :]).contiguous()
-    pack = getattr(kernels_for(h_EII, backend), "packed", None)
     return Factor(
         feedback_EII=feedback_EII,
         curvature_EI=root_EI.square(),
         order_EI=order_EI,
         damping_E=damping_E,
         retries_E=retries_E,
-        packed_EII=None if pack is None else pack(feedback_EII, is_upper=True),
+        packed_EII=_packed(feedback_EII, backend),
     )
+
+
+def _packed(feedback_EII: Tensor, backend: Backend) -> Tensor | None:
+    pack: Callable[..., Tensor | None] | None = getattr(kernels_for(feedback_EII, backend), "packed", None)
+    return None if pack is None else pack(feedback_EII, is_upper=True)
 
 
 def _cholesky(h_EII: Tensor) -> tuple[Tensor, Tensor]:

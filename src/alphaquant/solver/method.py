@@ -15,6 +15,7 @@ from alphaquant.formats import ScaleKind, matrix_scale, round_scale
 from alphaquant.numerics import rough_product
 from alphaquant.solver import native
 from alphaquant.solver.backend import Backend
+from alphaquant.solver.equalize import equalizing_scales
 from alphaquant.solver.factor import Factor, damp, factorize, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.refine import refine, refit_scales
@@ -105,6 +106,7 @@ class Recipe:
         routing_power: a routed row weighs its score to this power.
         rtn_below: experts with fewer effective samples than this share of their inputs are rounded to nearest.
         repair_router: refit each layer's router to the logits of the original model's.
+        equalize: scale the hidden channels of feed-forward blocks so that `down` loses less, and `up` makes up for it.
         backend: what runs the inner loops; speed only, up to the order of sums.
     """
 
@@ -118,6 +120,7 @@ class Recipe:
     routing_power: float = 1.0
     rtn_below: float = 1 / 32
     repair_router: bool = False
+    equalize: bool = True
     backend: Backend = Backend.AUTO
 
 
@@ -132,6 +135,7 @@ class Outcome:
         damping_E: damping used; zero where rounded to nearest.
         retries_E: how often the damping was raised to make the factorisation succeed.
         fallback_E: true where GPTQ was asked for and the evidence was too thin.
+        scale_EI: what the inputs must be multiplied by; codes are those of weights divided by it.
     """
 
     quantized: QuantizedTensor
@@ -140,6 +144,7 @@ class Outcome:
     damping_E: Tensor
     retries_E: Tensor
     fallback_E: Tensor
+    scale_EI: Tensor
 
 
 def experts_a_part(out_features: int, in_features: int, workspace: int = WORKSPACE_WEIGHTS) -> int:
@@ -154,6 +159,8 @@ def quantize_stack(
     scheme: Scheme,
     recipe: Recipe,
     workspace: int = WORKSPACE_WEIGHTS,
+    *,
+    equalizes: bool = False,
 ) -> Outcome:
     """Quantize a stack of matrices; experts and rows go through in parts that bound the workspace.
 
@@ -164,6 +171,7 @@ def quantize_stack(
         scheme: number format and groups.
         recipe: settings.
         workspace: weights solved at a time; memory only.
+        equalizes: whether columns may be scaled, where the recipe says so; see `Outcome.scale_EI`.
     """
     num_experts, out_features, in_features = w_EOI.shape
     if h_EII is None or effective_E is None or recipe.method is Method.RTN:
@@ -181,7 +189,16 @@ def quantize_stack(
             h_part, damping_E = None, None
             if h_EII is not None and effective_E is not None:
                 h_part, damping_E = trusted(h_EII[index], effective_E[experts], recipe)
-            part = _quantize_part(w_EOI[index], h_part, damping_E, scheme, recipe, workspace, rounded=is_rounded)
+            part = _quantize_part(
+                w_EOI[index],
+                h_part,
+                damping_E,
+                scheme,
+                recipe,
+                workspace,
+                rounded=is_rounded,
+                equalizes=equalizes and recipe.equalize,
+            )
             parts.append(replace(part, fallback_E=fallback_E[experts]))
             order.append(experts)
     return _map(lambda *x: torch.cat(x)[torch.cat(order).argsort().to(x[0].device)], parts)
@@ -211,15 +228,22 @@ def _quantize_part(
     workspace: int,
     *,
     rounded: bool,
+    equalizes: bool,
 ) -> Outcome:
     num_experts, _, in_features = w_EOI.shape
     nothing_E = torch.zeros(num_experts)
+    scale_EI = torch.ones(num_experts, in_features, device=w_EOI.device)
     factor, damped_EII, packed_EII = None, None, None
     if h_EII is not None and damping_E is not None:
         if not rounded:
             factor = factorize(h_EII, damping_E, act_order=recipe.act_order, backend=recipe.backend)
             damping_E = factor.damping_E
         damped_EII = damp(h_EII, damping_E)
+        if equalizes and factor is not None:
+            scale_EI = equalizing_scales(w_EOI, factor.in_natural_order(), scheme)
+            factor = factor.scaled(scale_EI, recipe.backend)
+            damped_EII *= scale_EI[:, :, None] * scale_EI[:, None]
+            w_EOI = w_EOI / scale_EI[:, None]
         if factor is not None and factor.packed_EII is not None:
             packed_EII = native.packed(damped_EII)
     # a matrix has one scale of its own in NVFP4, whichever rows are solved together
@@ -236,9 +260,11 @@ def _quantize_part(
             damping_E=nothing_E if factor is None else factor.damping_E.cpu(),
             retries_E=nothing_E.long() if factor is None else factor.retries_E.cpu(),
             fallback_E=nothing_E.bool(),
+            scale_EI=scale_EI,
         )
         parts.append(outcome)
-    return _map(lambda *x: torch.cat(x, 1) if x[0].ndim > 1 else x[0], parts)
+    together = _map(lambda *x: torch.cat(x, 1) if x[0].ndim > 1 else x[0], parts)
+    return replace(together, scale_EI=scale_EI)
 
 
 def _solve_rows(
@@ -319,5 +345,8 @@ def _map(join: Callable[..., Tensor], parts: list[Outcome]) -> Outcome:
             zero=None if first.zero is None else each("zero", quantized),
             global_scale=None if first.global_scale is None else each("global_scale", quantized),
         ),
-        **{name: each(name, parts) for name in ("loss_EO", "energy_EO", "damping_E", "retries_E", "fallback_E")},
+        **{
+            name: each(name, parts)
+            for name in ("loss_EO", "energy_EO", "damping_E", "retries_E", "fallback_E", "scale_EI")
+        },
     )
