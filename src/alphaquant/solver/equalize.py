@@ -52,7 +52,7 @@ def equalizing_scales(w_EOI: Tensor, curvature_EI: Tensor, scheme: Scheme) -> Te
 def _scales_of_one(w_GON: Tensor, cost_GN: Tensor) -> Tensor:
     power_GON = w_GON.float().abs()
     largest_GO1 = power_GON.amax(-1, keepdim=True).clamp_min(_TINY)
-    power_GON = power_GON / largest_GO1
+    power_GON.div_(largest_GO1)
     for _ in range(_SQUARINGS):
         power_GON.square_()
     square_GO1 = largest_GO1.square()
