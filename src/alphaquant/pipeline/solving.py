@@ -100,12 +100,12 @@ class LayerSolver:
         role = stack.parameters[0].role
         if not self.recipe.equalize or not role.endswith(_DOWN) or stack.scheme.inputs != Inputs():
             return None
-        parameters = {parameter.key: parameter for parameter in self.spec.parameters(layer)}
+        parameters = {(p.role, p.leaf): p for p in self.spec.parameters(layer)}
         up = role.removesuffix(_DOWN) + "up_proj"
-        found = next(parameter for parameter in parameters.values() if parameter.role == up)
-        names = self.names(layer, found)
-        if found.key.replace("weight", "bias") in parameters:
+        if (up, "bias") in parameters:
             return None
+        found = parameters[up, "weight"]
+        names = self.names(layer, found)
         return found if all(self.schemes[names[expert]] is not None for expert in stack.experts) else None
 
     def solve(

@@ -52,7 +52,7 @@ class Factor:
     def scaled(self, scale_EI: Tensor, backend: Backend = Backend.AUTO) -> Factor:
         """The factors of `S H S` for scales of input columns, walked in the same order."""
         scale_EI = scale_EI.gather(1, self.order_EI)
-        feedback_EII = self.feedback_EII * scale_EI[:, :, None] / scale_EI[:, None]
+        feedback_EII = (self.feedback_EII * scale_EI[:, :, None]).div_(scale_EI[:, None])  # one copy, not two
         curvature_EI = self.curvature_EI * scale_EI.square()
         packed_EII = _packed(feedback_EII, backend)
         return replace(self, feedback_EII=feedback_EII, curvature_EI=curvature_EI, packed_EII=packed_EII)
