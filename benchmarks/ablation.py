@@ -54,6 +54,8 @@ VARIANTS = {
     "no refinement": Variant(spending=replace(USUAL, sweeps=0)),
     "plain GPTQ": Variant(spending=Spending()),
     "no equalization": Variant({"equalize": False}),
+    "--tune-steps 48": Variant({"tune_steps": 48}),
+    "best, untuned": Variant({"effort": "best", "tune_steps": 0}),
     "natural order": Variant({"act_order": False}),
     "damping .01 for all": Variant({"damping_evidence": 0.0}),
     "shrinkage I/16": Variant({"shrinkage": 1 / 16}),

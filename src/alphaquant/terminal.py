@@ -199,6 +199,10 @@ def print_result(report: dict[str, Any]) -> None:
     if routers is not None:
         change = f"{routers['agreement_before']:.2%} → {routers['agreement_after']:.2%} of experts are the original's"
         out.print(f"routers {routers['kept']} of {routers['layers']} refitted, {change}", soft_wrap=True)
+    tuning = report["tuning"]
+    if tuning is not None:
+        change = f"{tuning['loss_before']:.3%} → {tuning['loss_after']:.3%} error behind a layer"
+        out.print(f"tuned  {tuning['kept']} of {tuning['halves']} half-layers, {change}", soft_wrap=True)
     if report["events"]:
         kinds = Counter(re.sub(r"\d+", "…", event["event"]) for event in report["events"])
         out.print(f"events {len(report['events'])}", soft_wrap=True)

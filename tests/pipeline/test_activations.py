@@ -12,6 +12,7 @@ from alphaquant.calibration import evaluation_windows, load_tokenizer
 from alphaquant.formats import Activation, Inputs, round_inputs
 from alphaquant.layouts import QuantizedCheckpoint
 from alphaquant.models import Source, attention_half, mlp_half, rope_for
+from alphaquant.models.linear import _ServedWeights, expert_linear, linear
 from alphaquant.pipeline import evaluate_checkpoint, export_checkpoint, load
 from alphaquant.pipeline.collect import Collector, Reading
 from alphaquant.plan import Plan
@@ -141,3 +142,34 @@ def test_rounding_is_declared_and_survives_conversion(olmoe, tmp_path, plan, lay
     assert (tmp_path / "again/config.json").read_bytes() == (out / "config.json").read_bytes()
     ids = tiny.token_ids()
     assert torch.equal(load(tmp_path / "humming").logits(ids), load(out).logits(ids))
+
+
+@pytest.mark.parametrize("aq", ["int8", "fp8"])
+@pytest.mark.parametrize("experts", [False, True], ids=["linear", "experts"])
+def test_gradients_pass_rounded_inputs(aq, experts):
+    """Those of the inputs as if they were not rounded, those of the weight by what they are rounded to."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 32, generator=generator)
+    w = torch.randn(2, 8, 32, generator=generator)
+    counts = torch.tensor([5, 7])
+    inputs = Inputs(Activation(aq))
+    weights = _ServedWeights({"m.weight": w if experts else w[0]}, {"m.weight": (inputs,) * (2 if experts else 1)})
+
+    def product(x):
+        return expert_linear(x, counts, weights, "m") if experts else linear(x, weights, "m")
+
+    with torch.no_grad():
+        plain = product(x)
+    x.requires_grad_()
+    weights["m.weight"].requires_grad_()
+    out = product(x)
+    assert torch.allclose(out, plain, atol=1e-5)
+    slope = torch.randn(out.shape, generator=generator)
+    out.backward(slope)
+    values, scale = round_inputs(x.detach(), *inputs)
+    rounded = values * scale
+    own = w.repeat_interleave(counts, 0) if experts else w[:1].expand(12, -1, -1)
+    assert torch.allclose(x.grad, torch.einsum("ro,roi->ri", slope, own.detach()), atol=1e-5)
+    parts = [slice(0, 5), slice(5, 12)] if experts else [slice(0, 12)]
+    expected = torch.stack([slope[part].T @ rounded[part] for part in parts])
+    assert torch.allclose(weights["m.weight"].grad, expected if experts else expected[0], atol=1e-4)

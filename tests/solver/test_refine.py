@@ -6,13 +6,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaquant.formats import FORMATS, QuantizedTensor, ScaleKind, Scheme, dequantize, round_scale
+from alphaquant.formats import (
+    FORMATS,
+    ElementKind,
+    Format,
+    QuantizedTensor,
+    ScaleKind,
+    Scheme,
+    decode,
+    dequantize,
+    quantize_with,
+    round_scale,
+)
 from alphaquant.solver import (
     Solution,
     absmax_scales,
     damp,
     factorize,
+    grid_steps,
     hessian_loss,
+    leanings,
     refine,
     refit_scales,
     round_to_nearest,
@@ -223,3 +236,50 @@ def test_dead_columns_keep_their_rounded_weight() -> None:
     found = refine(w, h, start, sweeps=2)
     step = found.quantized.effective_scale()[..., 0]
     assert ((dequantize(found.quantized) - w)[..., 9].abs() <= step * 0.5001).all()
+
+
+@each_scheme
+def test_leanings_are_the_best_places_of_single_weights(scheme: Scheme) -> None:
+    w, h = problem(2, 12, 64)
+    solution = refine(w, h, rounded(w, h, scheme), sweeps=3)
+    q = solution.quantized
+    leaning = leanings(w, h, q)
+    assert leaning.shape == w.shape
+    steps = q.effective_scale().repeat_interleave(64 // q.scale.shape[-1], -1)
+    moved = dequantize(q) + leaning.float() * steps
+    again = quantize_with(moved, scheme, q.scale, q.zero, q.global_scale)
+    assert torch.equal(dequantize(again), dequantize(q)), "they round to the codes that they are from"
+    wide = grid_steps(dequantize(q) / steps, scheme.format)
+    free = leaning.abs() < 0.48 * wide
+    assert free.float().mean() > 0.6, "descent leaves most where they would stay"
+    if scheme.format.kind is ElementKind.FLOAT:
+        free &= (dequantize(q) / steps).frexp().mantissa.abs() != 0.5  # below a power of two steps are half as wide
+    for e, o, i in free.nonzero()[:: max(1, int(free.sum()) // 50)].tolist():
+        losses = []
+        for off in (-0.02, 0.0, 0.02):
+            error = w[e, o].double() - dequantize(q)[e, o].double()
+            error[i] -= (float(leaning[e, o, i]) + off * float(wide[e, o, i])) * float(steps[e, o, i])
+            losses.append(float(error @ h[e].double() @ error))
+        assert losses[1] < min(losses[0], losses[2])
+
+
+@each_scheme
+def test_without_a_hessian_weights_lean_to_where_they_are(scheme: Scheme) -> None:
+    w, h = problem(2, 12, 64)
+    q = rounded(w, h, scheme).quantized
+    steps = q.effective_scale().repeat_interleave(64 // q.scale.shape[-1], -1)
+    leaning = leanings(w, None, q).float()
+    values = dequantize(q) / steps
+    wide = grid_steps(values, scheme.format)
+    inside = leaning.abs() < 0.48 * wide
+    assert inside.float().mean() > 0.9
+    assert ((values + leaning - w / steps) / wide)[inside].abs().max() < 0.01
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt.name != "bf16"], ids=str)
+def test_a_grid_step_is_the_way_to_the_next_value_away_from_zero(fmt: Format) -> None:
+    values = decode(torch.arange(2**fmt.bits, dtype=torch.uint8), fmt)
+    values = values[values.isfinite() & (values >= 0) & (values <= fmt.max_value)].unique()
+    steps = grid_steps(values, fmt)
+    assert torch.equal(steps[:-1], values.diff())
+    assert torch.equal(grid_steps(-values, fmt), steps)

@@ -105,6 +105,10 @@ def quantize(
             "--repair-router/--no-repair-router", help="Refit routers to the original's choices; one pass more."
         ),
     ] = False,
+    tune_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Tune each half-layer by gradient; 48 by --effort best, else 0."),
+    ] = None,
     rotate: RotateOpt = Rotate.NONE,
     kernels: Annotated[Backend, typer.Option(help="Inner loops; auto: Triton on a GPU, C on a CPU.")] = Backend.AUTO,
     layout: Annotated[Format, typer.Option("--format", help="Layout; auto: the most widely served.")] = Format.AUTO,
@@ -160,7 +164,12 @@ def quantize(
     prepared = prepare(open_model(model) if dry_run else resolve_model(model), base_plan(request, config, scheme))
     target = _output_directory(output, save, prepared, overwrite=overwrite, fresh=fresh)
     recipe = Recipe(
-        method=method, effort=effort, routing_power=routing_weight, repair_router=repair_router, backend=kernels
+        method=method,
+        effort=effort,
+        routing_power=routing_weight,
+        repair_router=repair_router,
+        tune_steps=tune_steps,
+        backend=kernels,
     )
     calibration = Calibration("wikitext2" if calib is None else calib, nsamples, seqlen, seed, balance)
     is_quiet = quiet or as_json or team.rank > 0

@@ -65,12 +65,14 @@ def expert_linear(x_RI: Tensor, counts_E: Tensor, weights: Mapping[str, Tensor],
     rounded = {inputs for inputs in inputs_E if inputs != _UNROUNDED}
     if not rounded:
         return _by_expert(x_RI, counts_E, weights[key])
-    grid_RI, scale_R1 = x_RI, x_RI.new_ones(x_RI.shape[0], 1, dtype=torch.float32)
+    grid_RI, scale_R1 = x_RI.detach(), x_RI.new_ones(x_RI.shape[0], 1, dtype=torch.float32)
     for inputs in rounded:
         is_E = torch.tensor([own == inputs for own in inputs_E], device=x_RI.device)
         is_R1 = is_E.repeat_interleave(counts_E)[:, None]
-        values_RI, steps_R1 = round_inputs(x_RI, *inputs)
+        values_RI, steps_R1 = round_inputs(x_RI.detach(), *inputs)
         grid_RI, scale_R1 = torch.where(is_R1, values_RI, grid_RI), torch.where(is_R1, steps_R1, scale_R1)
+    if torch.is_grad_enabled():
+        return _by_expert(_straight_through(x_RI, grid_RI, scale_R1), counts_E, weights[key])
     return (_by_expert(grid_RI, counts_E, weights[key]).float() * scale_R1).to(x_RI.dtype)
 
 
@@ -83,9 +85,16 @@ def _product(x_RI: Tensor, w_OI: Tensor, bias_O: Tensor | None, inputs: Inputs) 
     if inputs == _UNROUNDED:
         return F.linear(x_RI, w_OI, bias_O)
     # grid values are exact in any dtype, so nothing is lost before the product, as in an engine's kernel
-    grid_RI, scale_R1 = round_inputs(x_RI, *inputs)
+    grid_RI, scale_R1 = round_inputs(x_RI.detach(), *inputs)
+    if torch.is_grad_enabled():
+        return F.linear(_straight_through(x_RI, grid_RI, scale_R1), w_OI, bias_O)
     out_RO = (F.linear(grid_RI, w_OI).float() * scale_R1).to(x_RI.dtype)
     return out_RO if bias_O is None else out_RO + bias_O
+
+
+def _straight_through(x_RI: Tensor, grid_RI: Tensor, scale_R1: Tensor) -> Tensor:
+    """Rounded inputs whose gradient is that of the inputs."""
+    return (grid_RI.float() * scale_R1).to(x_RI.dtype) + (x_RI - x_RI.detach())
 
 
 def _by_expert(x_RI: Tensor, counts_E: Tensor, w_EOI: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from alphaquant.models import MoESpec
 from alphaquant.pipeline.collect import Reading, collection_passes, widths
 from alphaquant.pipeline.layer import ATTENTION_SOURCES, Limits
 from alphaquant.pipeline.stream import CHUNK_TOKENS, resident_memory
+from alphaquant.pipeline.tuning import BATCH_TOKENS
 from alphaquant.solver import WORKSPACE_WEIGHTS
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ _COPIES = 14  # fp32 arrays of the weights being solved that are alive together:
 _HESSIAN_COPIES = 6  # of the Hessians being factorised
 _WORKSPACES = tuple(WORKSPACE_WEIGHTS >> shift for shift in (0, 2, 4))
 _KERNEL_BYTES = 160 << 20  # what a CPU's library keeps of kernels compiled for each size: measured, tiny-olmoe
+_TUNED_BYTES = 12  # of a weight's place, its codes and leaning as a module's and stacked, and a sign or new code
+_TUNED_COPIES = 6  # fp32 arrays of the weights that are moved together
 _SHARE_OF_FREE = 0.9
 _SLACK = 0.1  # of the parts' sum: what the allocator keeps between them
 
@@ -90,6 +93,8 @@ def plan_memory(
     max_bytes: int | None = None,
     processes: int = 1,
     streams: int = 1,
+    *,
+    tunes: bool = False,
 ) -> MemoryPlan:
     """The plan of fewest forward passes that stays in memory, and among those the one that keeps most there.
 
@@ -104,6 +109,7 @@ def plan_memory(
         max_bytes: what may be taken by each process; None for most of what is free, or more where the run takes more.
         processes: that share what a machine has of main memory. Each is planned as if it worked alone.
         streams: activations that go along: two where the original's go beside the quantized model's.
+        tunes: whether half-layers are tuned.
 
     Raises:
         ConfigError: no plan is within `max_bytes`; says how much the smallest takes.
@@ -115,7 +121,18 @@ def plan_memory(
         processes = 1  # each has a device of its own
     allowed = base + int(_SHARE_OF_FREE * free / processes) if max_bytes is None else max_bytes
     found = [
-        _plan(spec, schemes, tokens, dtype, allowed, base, streams, holds_stream=holds_stream, workspace=workspace)
+        _plan(
+            spec,
+            schemes,
+            tokens,
+            dtype,
+            allowed,
+            base,
+            streams,
+            tunes=tunes,
+            holds_stream=holds_stream,
+            workspace=workspace,
+        )
         for holds_stream in ((False, True) if tokens is not None else (False,))
         for workspace in _WORKSPACES
     ]
@@ -155,6 +172,7 @@ def _plan(
     base_bytes: int,
     streams: int,
     *,
+    tunes: bool,
     holds_stream: bool,
     workspace: int,
 ) -> MemoryPlan:
@@ -181,6 +199,11 @@ def _plan(
         passes = sum(len(collection_passes(half, hessian_bytes)) * len(layers) for half, layers in halves)
         least_passes = sum(len(layers) for _, layers in halves)
         parts["Hessians"] = int(hessian_bytes * (1 + _SLACK))
+        if tunes:
+            # when it begins, solving is over and Hessians are gone
+            tuning = max(_tuning_bytes(spec, schemes, layers[0], tokens, dtype, workspace) for _, layers in kinds)
+            beyond = int(tuning * (1 + _SLACK)) - max(solving, forward) - parts["Hessians"]
+            parts |= {"tuning, beyond that": beyond} if beyond > 0 else {}
     limits = Limits(max(1, hessian_bytes), workspace, holds_stream)
     return MemoryPlan(limits, passes, least_passes, parts)
 
@@ -253,6 +276,25 @@ def _forward_bytes(spec: ModelSpec, layer: int, tokens: tuple[int, int], dtype: 
     routed = rows * mlp.top_k
     inner = mlp.intermediate_size + (0 if mlp.shared is None else mlp.shared.intermediate_size)
     return max(attention, routed * dtype.itemsize * (3 * hidden + 2 * inner) + 12 * rows * hidden)
+
+
+def _tuning_bytes(
+    spec: ModelSpec,
+    schemes: Mapping[str, Scheme | None],
+    layer: int,
+    tokens: tuple[int, int],
+    dtype: torch.dtype,
+    workspace: int,
+) -> int:
+    """What is kept of each weight of a half-layer, some at a time in fp32, and a batch's activations and gradients."""
+    halves = {True: 0, False: 0}
+    for parameter in spec.parameters(layer):
+        quantized = sum(schemes.get(name) is not None for name in spec.module_names(layer, parameter))
+        if parameter.source is not None and quantized:
+            halves[parameter.source in ATTENTION_SOURCES] += quantized * math.prod(parameter.shape)
+    most = max(halves.values())
+    batch = _forward_bytes(spec, layer, (1, min(tokens[0] * tokens[1], max(BATCH_TOKENS, tokens[1]))), dtype)
+    return most * (_TUNED_BYTES + 2 * dtype.itemsize) + 4 * _TUNED_COPIES * min(workspace, most) + 3 * batch
 
 
 def free_memory() -> int:

@@ -82,6 +82,7 @@ def describe(prepared: Prepared, layout: Layout, run: RunDir, records: list[Laye
         "sizes": _sizes(checkpoint, run, records),
         "summary": [asdict(row) for row in summarize(records, list(ModuleKind))],
         "routers": _routers(records),
+        "tuning": _tuning(records),
         "audit": _audit(prepared, records, layout, run.tensor_names),
         "engines": engine_notes(prepared.schemes, list(spec.modules()), layout.name, spec.family),
         "events": [event for record in records for event in record.all_events()],
@@ -131,6 +132,21 @@ def _routers(records: list[LayerRecord]) -> dict[str, Any] | None:
         "kept": sum(repair.kept for repair in found),
         "agreement_before": sum(repair.agreement_before for repair in found) / len(found),
         "agreement_after": sum(after) / len(found),
+    }
+
+
+def _tuning(records: list[LayerRecord]) -> dict[str, Any] | None:
+    """What tuning did, the mean over layers behind their last half of what is in place; None where none was tuned."""
+    found = [record.tuning for record in records if record.tuning]
+    if not found:
+        return None
+    halves = [half for layer in found for half in layer]
+    last = [layer[-1] for layer in found]
+    return {
+        "halves": len(halves),
+        "kept": sum(half.kept for half in halves),
+        "loss_before": sum(half.loss_before for half in last) / len(last),
+        "loss_after": sum(half.loss_after if half.kept else half.loss_before for half in last) / len(last),
     }
 
 

@@ -14,6 +14,8 @@ import torch
 
 from alphaquant.models import MoESpec
 from alphaquant.pipeline.collect import widths
+from alphaquant.pipeline.layer import follows_original
+from alphaquant.pipeline.tuning import BATCH_TOKENS
 from alphaquant.solver import SPENDING, Backend, Method, backend_for, native
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["foretell_seconds"]
 
+_BACKWARD = 4.0  # a batch's forward and backward pass, relative to one without gradients
+_MOVE = 400.0  # of a weight in a step of tuning, in operations of an fp32 product
 _READ_BYTES = 1e9  # a second, from a disk
 
 
@@ -61,7 +65,7 @@ def foretell_seconds(
         passes: how often a half-layer is run to collect its Hessians.
     """
     rows = 0 if tokens is None else tokens[0] * tokens[1]
-    forward = gram = solve = repair = 0.0
+    forward = gram = solve = repair = moved = 0.0
     read = sum(math.prod(parameter.shape) for parameter in spec.outer_parameters())
     for layer in range(spec.num_layers):
         parameters = spec.parameters(layer)
@@ -78,6 +82,7 @@ def foretell_seconds(
             if parameter.source is not None and quantized:
                 wanted.append(parameter)
                 solve += quantized * _solve_work(parameter, recipe, device, calibrated=tokens is not None)
+                moved += quantized * math.prod(parameter.shape)
         if isinstance(mlp, MoESpec) and recipe.repair_router:
             repair += rows * spec.hidden_size**2
         for experts, width in widths(wanted).values():
@@ -87,12 +92,17 @@ def foretell_seconds(
         if tokens is not None:
             forward += 2 * rows * tokens[1] * spec.hidden_size  # scores and values, half of them masked
     products, solver = _rate(dtype, device), _rate(torch.float32, device)
+    steps = recipe.tuning if rows else 0
+    batches = steps * max(BATCH_TOKENS, tokens[1]) / rows if tokens is not None and rows else 0.0
+    tune = (_BACKWARD * batches + 1 / 4) * forward / products + steps * moved * _MOVE / solver
+    follows = 1 + follows_original(recipe, spec)
     return {
         "read": read * dtype.itemsize / _READ_BYTES,
         "calibrate": (passes * forward + gram) / products,
         "solve": solve / solver,
-        "propagate": forward / products,
-        **({"repair": (forward + repair) / products} if repair else {}),
+        "propagate": follows * forward / products,
+        **({"repair": repair / products} if repair else {}),
+        **({"tune": tune} if steps else {}),
     }
 
 

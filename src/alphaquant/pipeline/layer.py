@@ -5,10 +5,11 @@ Shapes: E experts, O out, I in; N sequences, L positions, D hidden.
 
 from __future__ import annotations
 
+import math
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,11 +17,12 @@ from alphaquant.models import MoESpec, Source, as_served, head_input
 from alphaquant.pipeline.collect import Collector, Reading, Shown, collection_passes, widths
 from alphaquant.pipeline.distributed import SOLO, Team
 from alphaquant.pipeline.pace import Pace, fits
-from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RepairRecord, RoutingRecord
+from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RepairRecord, RoutingRecord, TuningRecord
 from alphaquant.pipeline.repair import ROUTER, refit_router
 from alphaquant.pipeline.samples import MOST, Samples, culprit, rows_left_out
 from alphaquant.pipeline.solving import LayerSolver, QuantizedLayer
-from alphaquant.pipeline.stream import Clock, attend, feed, silent
+from alphaquant.pipeline.stream import Clock, attend, chunks, feed, half_function, silent
+from alphaquant.pipeline.tuning import Objective, Tunable, taken_apart, tune
 from alphaquant.solver import WORKSPACE_WEIGHTS, HessianSum
 
 if TYPE_CHECKING:
@@ -34,9 +36,14 @@ if TYPE_CHECKING:
     from alphaquant.pipeline.stream import Progress, Stream
     from alphaquant.solver import Recipe
 
-__all__ = ["ATTENTION_SOURCES", "LayerQuantizer", "Limits"]
+__all__ = ["ATTENTION_SOURCES", "LayerQuantizer", "Limits", "follows_original"]
 
 ATTENTION_SOURCES = (Source.ATTENTION_IN, Source.QUERY_LATENT, Source.KV_LATENT, Source.ATTENTION_OUT)
+
+
+def follows_original(recipe: Recipe, spec: ModelSpec) -> bool:
+    """Whether the original model's stream is needed beside the quantized one's: routers and tuning aim at it."""
+    return recipe.tuning > 0 or (recipe.repair_router and spec.has_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +95,9 @@ class LayerQuantizer:
         return LayerSolver(self.spec, self.schemes, self.recipe, self.limits.workspace_weights)
 
     @property
-    def repairs_routers(self) -> bool:
-        """Whether routers are refitted, for which the original model's stream is needed beside the quantized one's."""
-        return self.recipe.repair_router and self.spec.has_experts
+    def follows_original(self) -> bool:
+        """Whether a layer is to be given the original model's stream, too."""
+        return follows_original(self.recipe, self.spec)
 
     @torch.no_grad()
     def layer(
@@ -100,32 +107,24 @@ class LayerQuantizer:
 
         `weights` are replaced by their de-quantized values and `x_NLD` moves on through them, both in place. Without a
         stream everything is rounded to nearest, without calibration. With the original model's stream, which moves on
-        through the weights as they were, the router is refitted before experts are calibrated on what it chooses.
+        through the weights as they were, the router is refitted before experts are calibrated on what it chooses, and
+        what a half-layer's codes have become is tuned to it.
         """
-        result = QuantizedLayer(record=LayerRecord(layer))
+        tunes = original_NLD is not None and self.recipe.tuning > 0
+        result = QuantizedLayer(record=LayerRecord(layer), leanings={} if tunes else None)
         parameters = self.spec.parameters(layer)
         served = as_served(weights, self.spec, layer, self.schemes)
         routing: RoutingRecord | None = None
         notes: list[str] = []
         repair: RepairRecord | None = None
+        tuning: list[TuningRecord] = []
         for half, where in ((attend, "attention"), (feed, "feed-forward")):
             in_half = [p for p in parameters if (p.source in ATTENTION_SOURCES) == (half is attend)]
             stacks = self.solver.stacks(layer, in_half)
             shares = self._shares(stacks)
             if original_NLD is not None and x_NLD is not None:
-                self._tell("repair", layer, x_NLD)
-                with self.clock("repair"):
-                    refitted_ED = None
-                    if half is feed and isinstance(self.spec.layers[layer].mlp, MoESpec):
-                        turns = self.team.turns(self.samples.cuts(*x_NLD.shape[:2]))
-                        refitted_ED, repair = refit_router(
-                            x_NLD, original_NLD, weights, self.spec, layer, turns, self.team
-                        )
-                    notes += self._propagate(half, layer, weights, original_NLD, f"layer {layer}, {where}, original")
-                    if refitted_ED is not None and repair is not None and repair.kept:
-                        weights[ROUTER].copy_(refitted_ED)
-                        router = next(p for p in parameters if p.key == ROUTER)
-                        result.refitted[self.spec.tensor_names(layer, router)[0]] = refitted_ED.cpu()
+                refit = self._follow(half, layer, weights, x_NLD, original_NLD, where, result, notes)
+                repair = refit or repair
             most = {reading: (max(map(len, ranks)), width) for reading, (ranks, width) in shares.items()}
             for part in collection_passes(most, self.limits.hessian_bytes):
                 takes = {
@@ -148,6 +147,8 @@ class LayerQuantizer:
                     self._solve(layer, weights, stacks, takes, collector, result)
                 routing = collector.routing() or routing
             self._share(weights, stacks, {reading: ranks for reading, (ranks, _) in shares.items()})
+            if stacks and tunes and x_NLD is not None and original_NLD is not None:
+                tuning.append(self._tune(half, layer, served, x_NLD, original_NLD, stacks, where, result, notes))
             if x_NLD is not None:
                 self._tell("propagate", layer, x_NLD)
                 with self.clock("propagate"):
@@ -155,7 +156,7 @@ class LayerQuantizer:
         records = {module.name: module for module in self._together(result.record)}
         names = (name for parameter in parameters for name in self.solver.names(layer, parameter))
         modules = [records[name] for name in names if name in records]
-        record = LayerRecord(layer, modules, routing, notes, repair)
+        record = LayerRecord(layer, modules, routing, notes, repair, tuning)
         return QuantizedLayer(result.quantized, record, result.refitted)
 
     @torch.no_grad()
@@ -309,6 +310,91 @@ class LayerQuantizer:
                     part_EO = scale_EI[[expert - share.start for expert in experts]]
                 self.team.spread(part_EO, rank)
                 target_EOI[experts] = (target_EOI[experts] * part_EO[..., None]).to(target_EOI.dtype)
+
+    def _follow(
+        self,
+        half: Callable[..., None],
+        layer: int,
+        weights: LayerWeights,
+        x_NLD: Stream,
+        original_NLD: Stream,
+        where: str,
+        result: QuantizedLayer,
+        notes: list[str],
+    ) -> RepairRecord | None:
+        """Move the original's stream on through the weights as they are; before that, refit a router to it."""
+        refitted_ED, repair = None, None
+        if self.recipe.repair_router and half is feed and isinstance(self.spec.layers[layer].mlp, MoESpec):
+            self._tell("repair", layer, x_NLD)
+            with self.clock("repair"):
+                turns = self.team.turns(self.samples.cuts(*x_NLD.shape[:2]))
+                refitted_ED, repair = refit_router(x_NLD, original_NLD, weights, self.spec, layer, turns, self.team)
+        self._tell("propagate", layer, original_NLD)
+        with self.clock("propagate"):
+            notes += self._propagate(half, layer, weights, original_NLD, f"layer {layer}, {where}, original")
+        if refitted_ED is not None and repair is not None and repair.kept:
+            weights[ROUTER].copy_(refitted_ED)
+            router = next(p for p in self.spec.parameters(layer) if p.key == ROUTER)
+            result.refitted[self.spec.tensor_names(layer, router)[0]] = refitted_ED.cpu()
+        return repair
+
+    def _tune(
+        self,
+        half: Callable[..., None],
+        layer: int,
+        weights: LayerWeights,
+        x_NLD: Stream,
+        original_NLD: Stream,
+        stacks: Sequence[Stack],
+        where: str,
+        result: QuantizedLayer,
+        notes: list[str],
+    ) -> TuningRecord:
+        """Tune what a half-layer's stacks have become. The first process of a team does so, and keeps their codes."""
+        team, leanings = self.team, result.leanings
+        assert leanings is not None
+        if team.size > 1:
+            with self.clock("share"):
+                for stream in (x_NLD, original_NLD):
+                    team.gather_turns(stream, chunks(*stream.shape[:2]))
+        parts = team.gather(taken_apart(result.quantized, leanings))
+        told: list[Any] = []
+        self._tell("tune", layer, x_NLD)
+        with self.clock("tune"):
+            if team.rank == 0:
+                function = half_function(half, weights, self.spec, layer, x_NLD)
+                kept = self.samples.kept(x_NLD.shape[0])
+                objective = Objective(function, x_NLD, original_NLD, kept, f"layer {layer}, {where}", self.pace)
+                tunables = self._tunables(layer, weights, stacks, parts)
+                record, tuned = tune(objective, weights, tunables, self.recipe.tuning, seed=layer)
+                result.quantized.update(tuned)
+                told = [asdict(record), objective.notes, {name: q.sha256() for name, q in tuned.items()}]
+            else:
+                for name in leanings:
+                    del result.quantized[name]
+            leanings.clear()
+            for key in sorted({parameter.key for stack in stacks for parameter in stack.parameters}):
+                team.spread(weights[key], 0)
+            said, found, hashes = team.tell(told)[0]
+        notes += found
+        result.record.modules[:] = [replace(m, sha256=hashes.get(m.name, m.sha256)) for m in result.record.modules]
+        return TuningRecord(**said)
+
+    def _tunables(
+        self, layer: int, weights: LayerWeights, stacks: Sequence[Stack], parts: Mapping[str, Tensor]
+    ) -> list[Tunable]:
+        """The stacks' linears, so many experts at a time as are solved together."""
+        found = []
+        for stack in stacks:
+            for parameter in stack.parameters:
+                names = self.solver.names(layer, parameter)
+                at_once = max(1, self.limits.workspace_weights // math.prod(parameter.shape))
+                for start in range(0, len(stack.experts), at_once):
+                    some = list(stack.experts[start : start + at_once])
+                    own = [names[expert] for expert in some]
+                    experts = some if parameter.num_experts else None
+                    found.append(Tunable.of(parameter.key, own, experts, stack.scheme, parts, weights))
+        return found
 
     def _propagate(
         self, half: Callable[..., None], layer: int, weights: LayerWeights, x_NLD: Stream, where: str

@@ -20,6 +20,7 @@ __all__ = [
     "ModuleRecord",
     "RepairRecord",
     "RoutingRecord",
+    "TuningRecord",
     "require_finite",
     "require_quiet",
     "summarize",
@@ -39,7 +40,7 @@ class ModuleRecord:
         scheme: number format and groups, such as `int4 g64`.
         bits_per_weight: stored bits a weight, scales and zero points counted.
         num_weights: rows times columns.
-        loss: `tr(E H Eᵀ)` under the damped mean Hessian; the squared error without calibration.
+        loss: `tr(E H Eᵀ)` under the damped mean Hessian, before any tuning; the squared error without calibration.
         relative_loss: the loss over that of leaving the weights out, `tr(W H Wᵀ)`.
         tokens: rows that its inputs' Hessian saw; 0 without calibration.
         effective_samples: `(Σc)² / Σc²` of their weights.
@@ -137,10 +138,32 @@ class RepairRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class TuningRecord:
+    """What tuning a half-layer's codes and scales does, on calibration tokens that it was not tuned on.
+
+    Attributes:
+        half: which, by name.
+        tokens: so many they are.
+        loss_before: squared error of the stream behind it, relative to the original's square, a token.
+        loss_after: the same with what was tuned.
+        moved: share of the codes that changed.
+        kept: whether it is kept: where this error fell.
+    """
+
+    half: str
+    tokens: int
+    loss_before: float
+    loss_after: float
+    moved: float
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LayerRecord:
     """Everything that a run notes of one layer; `layer` is None for embedding and head.
 
-    `repair` is there where the run was to refit routers, and the layer has one. `events` are those that are not of one
+    `repair` is there where the run was to refit routers, and the layer has one. `tuning` has an entry for each
+    half-layer that was tuned. `events` are those that are not of one
     module: samples and inputs that were left out, memory that ran out.
     """
 
@@ -149,6 +172,7 @@ class LayerRecord:
     routing: RoutingRecord | None = None
     events: list[str] = field(default_factory=list)
     repair: RepairRecord | None = None
+    tuning: list[TuningRecord] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -164,6 +188,7 @@ class LayerRecord:
             None if routing is None else RoutingRecord.from_dict(routing),
             data["events"],
             None if repair is None else RepairRecord(**repair),
+            [TuningRecord(**half) for half in data.get("tuning", ())],
         )
 
     def all_events(self) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ from alphaquant.pipeline.convert import pick_layout
 from alphaquant.pipeline.course import Course, Job, Watch, require_equal
 from alphaquant.pipeline.distributed import SOLO, Team
 from alphaquant.pipeline.duration import foretell_seconds
-from alphaquant.pipeline.layer import LayerQuantizer
+from alphaquant.pipeline.layer import LayerQuantizer, follows_original
 from alphaquant.pipeline.log import Log, unlogged
 from alphaquant.pipeline.records import KindSummary, LayerRecord, summarize
 from alphaquant.pipeline.repair import require_routers
@@ -209,7 +209,16 @@ def foretell(
     if calibration is not None:
         tokens = (calibration.num_samples, min(calibration.seqlen, spec.max_positions))
     work_dtype = compute_dtype(dtype, spec, device)
-    memory = plan_memory(spec, schemes, tokens, work_dtype, device, max_memory, streams=_streams(spec, recipe))
+    memory = plan_memory(
+        spec,
+        schemes,
+        tokens,
+        work_dtype,
+        device,
+        max_memory,
+        streams=1 + follows_original(recipe, spec),
+        tunes=recipe.tuning > 0,
+    )
     passes = memory.passes / max(1, memory.least_passes)
     return Forecast(memory, foretell_seconds(spec, schemes, tokens, work_dtype, device, recipe, passes))
 
@@ -285,7 +294,15 @@ def quantize_checkpoint(
         log("start", processes=team.size, shards=spec.num_layers + 1, command=command)
         shape = None if tokens is None else (tokens.ids.shape[0], tokens.ids.shape[1])
         memory = plan_memory(
-            spec, prepared.schemes, shape, work_dtype, device, max_memory, team.size, _streams(spec, recipe)
+            spec,
+            prepared.schemes,
+            shape,
+            work_dtype,
+            device,
+            max_memory,
+            team.size,
+            streams=1 + follows_original(recipe, spec),
+            tunes=recipe.tuning > 0,
         )
         limits = common_limits(team, memory.limits)
         quantizer = LayerQuantizer(spec, prepared.schemes, recipe, clock, watch, limits, team)
@@ -321,11 +338,6 @@ def quantize_checkpoint(
         run.finish(prepared.config, prepared.checkpoint.path, spec, chosen, prepared.schemes)
     _log_end(log, report)
     return QuantizeResult(summary, records, report)
-
-
-def _streams(spec: ModelSpec, recipe: Recipe) -> int:
-    """The original's activations go along where routers are refitted to it."""
-    return 2 if recipe.repair_router and spec.has_experts else 1
 
 
 def _log_end(log: Log, report: dict[str, Any]) -> None:

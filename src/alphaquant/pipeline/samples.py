@@ -59,6 +59,10 @@ class Samples:
                 cuts.append(torch.tensor(rest) if rest else None)
         return cuts
 
+    def kept(self, num_samples: int) -> Tensor:
+        """The numbers of all others."""
+        return torch.tensor([sample for sample in range(num_samples) if sample not in self.left_out])
+
     def settle(self, num_samples: int, where: str, team: Team) -> list[str]:
         """Leave out what any process of the team has found in this half-layer; returns what to note of it.
 

@@ -32,11 +32,15 @@ _DOWN = "down_proj"
 
 @dataclass(frozen=True, slots=True)
 class QuantizedLayer:
-    """Codes of a layer's quantized modules by checkpoint name, the record of it, and tensors that were refitted."""
+    """Codes of a layer's quantized modules by checkpoint name, the record of it, and tensors that were refitted.
+
+    `leanings` of those that are to be tuned go along until they are; None where none will be.
+    """
 
     quantized: dict[str, QuantizedTensor] = field(default_factory=dict)
     record: LayerRecord = field(default_factory=lambda: LayerRecord(None))
     refitted: dict[str, Tensor] = field(default_factory=dict)
+    leanings: dict[str, Tensor] | None = None
 
 
 class Stack(NamedTuple):
@@ -167,9 +171,15 @@ class LayerSolver:
                     remedy="run with --dtype fp32",
                 )
         effective_E = None if evidence is None else evidence.effective_E
-        equalizes = layer is not None and self.equalizer(layer, stack) is not None
         outcome = quantize_stack(
-            w_EOI, h_EII, effective_E, stack.scheme, self.recipe, self.workspace_weights, equalizes=equalizes
+            w_EOI,
+            h_EII,
+            effective_E,
+            stack.scheme,
+            self.recipe,
+            self.workspace_weights,
+            equalizes=layer is not None and self.equalizer(layer, stack) is not None,
+            leans=result.leanings is not None,
         )
         new_EOI = dequantize(outcome.quantized, w_EOI.dtype)
         start = 0
@@ -201,6 +211,8 @@ class LayerSolver:
             global_scale=None if q.global_scale is None else q.global_scale[position].cpu(),
             scheme=q.scheme,
         )
+        if result.leanings is not None and outcome.leaning_EOI is not None:
+            result.leanings[name] = outcome.leaning_EOI[position, rows].cpu()
         loss = outcome.loss_EO[position, rows].sum().item()
         energy = outcome.energy_EO[position, rows].sum().item()
         fallback, retries = bool(outcome.fallback_E[position]), int(outcome.retries_E[position])

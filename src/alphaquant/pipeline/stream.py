@@ -40,6 +40,7 @@ __all__ = [
     "chunks",
     "embed",
     "feed",
+    "half_function",
     "held_stream",
     "is_finite",
     "no_number",
@@ -209,9 +210,8 @@ def attend(
     Raises:
         NumericsError: there are such samples, and no one is told.
     """
-    rope = rope_for(spec, x_NLD.shape[1], x_NLD.device)
     where = f"layer {layer}, attention"
-    _each_chunk(x_NLD, lambda x: attention_half(x, weights, spec, layer, rope, tap=tap), where, tap, cuts, bad)
+    _each_chunk(x_NLD, half_function(attend, weights, spec, layer, x_NLD, tap), where, tap, cuts, bad)
 
 
 def feed(
@@ -225,7 +225,22 @@ def feed(
 ) -> None:
     """Feed-forward half of a layer on the stream, in place; see `attend`."""
     where = f"layer {layer}, feed-forward"
-    _each_chunk(x_NLD, lambda x: mlp_half(x, weights, spec, layer, tap=tap), where, tap, cuts, bad)
+    _each_chunk(x_NLD, half_function(feed, weights, spec, layer, x_NLD, tap), where, tap, cuts, bad)
+
+
+def half_function(
+    half: Callable[..., None],
+    weights: LayerWeights,
+    spec: ModelSpec,
+    layer: int,
+    x_NLD: Stream,
+    tap: Tap | None = None,
+) -> Callable[[Tensor], Tensor]:
+    """What `half`, which is `attend` or `feed`, makes of sequences of a stream, not in place."""
+    if half is feed:
+        return lambda x: mlp_half(x, weights, spec, layer, tap=tap)
+    rope = rope_for(spec, x_NLD.shape[1], x_NLD.device)
+    return lambda x: attention_half(x, weights, spec, layer, rope, tap=tap)
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def quantize_shards(
         behind[name] = _read_in(stored, device, scratch, holds=quantizer.limits.holds_stream)
     if not done and ids_NL is not None:
         tables = {"quantized": outer["model.embed_tokens.weight"]}
-        if quantizer.repairs_routers:
+        if quantizer.follows_original:
             tables["original"] = table_VD
         for name, table in tables.items():
             behind[name] = _embedded(ids_NL, table, scratch) if quantizer.limits.holds_stream else embed(ids_NL, table)

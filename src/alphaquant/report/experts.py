@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from alphaquant.pipeline.records import STARVED_SHARE
 from alphaquant.plan import ModuleKind
-from alphaquant.report.axis import Axis, Tick, linear_axis, log_axis
+from alphaquant.report.axis import Axis, linear_axis, log_axis
+from alphaquant.report.lines import LayerChart, layer_chart
 from alphaquant.report.maps import mean
 
 if TYPE_CHECKING:
@@ -166,40 +167,19 @@ def expert_scatter(layers: Sequence[LayerRecord]) -> Scatter | None:
     return Scatter(x, y, points, colours, sum(point.fell_back for point in points))
 
 
-class RouterPoint(NamedTuple):
-    """A layer of one measurement: percent from the left and from the top, and all that is known of it."""
-
-    x: float
-    y: float
-    title: str
-
-
-@dataclass(frozen=True, slots=True)
-class RouterChart:
-    """Share of experts chosen as by the original, layer by layer; a line for each measurement."""
-
-    x: Axis
-    y: Axis
-    lines: list[tuple[str, list[RouterPoint]]]
-
-
-def router_chart(rows: Sequence[QualityRow]) -> RouterChart | None:
-    """None where no routers were compared."""
+def router_chart(rows: Sequence[QualityRow]) -> LayerChart | None:
+    """Share of experts chosen as by the original; a line for each measurement. None where no routers were compared."""
     found = [row for row in rows if row.measured.router is not None][:_PALETTE]
     if not found:
         return None
     shares = [share for row in found for share in row.measured.router_by_layer if share is not None]
     y = linear_axis([100 * min(shares), 100.0], stop=100.0, unit="%")
-    last = max(len(row.measured.router_by_layer) for row in found) - 1
-    step = next(step for step in (1, 2, 5, 10, 20, 50) if last / step <= 12)
-    x = Axis(-0.5, last + 0.5, is_log=False, ticks=())
-    x = x._replace(ticks=tuple(Tick(x.at(layer), str(layer)) for layer in range(0, last + 1, step)))
-    lines = []
-    for row in found:
-        points = [
-            RouterPoint(x.at(layer), 100 - y.at(100 * share), f"{row.label}, layer {layer}: same experts {share:.2%}")
+    lines = {
+        row.label: [
+            (layer, 100 * share, f"{row.label}, layer {layer}: same experts {share:.2%}")
             for layer, share in enumerate(row.measured.router_by_layer)
             if share is not None
         ]
-        lines.append((row.label, points))
-    return RouterChart(x, y, lines)
+        for row in found
+    }
+    return layer_chart(lines, y, max(len(row.measured.router_by_layer) for row in found) - 1)

@@ -17,6 +17,7 @@ from alphaquant.report.budget import alpha_map, frontier
 from alphaquant.report.charts import event_rows, phases, quality_chart, remarks, total_seconds
 from alphaquant.report.compare import comparison
 from alphaquant.report.experts import expert_scatter, experts, router_chart
+from alphaquant.report.lines import tuning_chart
 from alphaquant.report.maps import layer_maps
 from alphaquant.report.read import read_quality, read_run, read_table
 from alphaquant.wording import FILTERS
@@ -99,6 +100,8 @@ def _context(run: Run, quality: list[QualityRow], table: Table | None) -> dict[s
         "experts": used,
         "scatter": expert_scatter(run.layers),
         "routers": router_chart(quality),
+        "tuning": tuning_chart(run.layers),
+        "layers": run.layers,
         "table": table,
         "frontier": None if table is None else frontier(table, run),
         "alphas": None if table is None else alpha_map(table),

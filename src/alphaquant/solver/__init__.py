@@ -17,7 +17,7 @@ from alphaquant.solver.method import (
     quantize_stack,
     trusted,
 )
-from alphaquant.solver.refine import refine, refit_scales
+from alphaquant.solver.refine import grid_steps, leanings, refine, refit_scales
 from alphaquant.solver.rtn import hessian_loss, round_to_nearest
 from alphaquant.solver.scales import Scales, absmax_scales, search_scales
 
@@ -42,8 +42,10 @@ __all__ = [
     "damp",
     "experts_a_part",
     "factorize",
+    "grid_steps",
     "hessian_loss",
     "is_thin",
+    "leanings",
     "quantize_stack",
     "refine",
     "refit_scales",

@@ -18,7 +18,7 @@ from alphaquant.solver.backend import Backend
 from alphaquant.solver.equalize import equalizing_scales
 from alphaquant.solver.factor import Factor, damp, factorize, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
-from alphaquant.solver.refine import refine, refit_scales
+from alphaquant.solver.refine import leanings, refine, refit_scales
 from alphaquant.solver.rtn import round_to_nearest
 from alphaquant.solver.scales import Scales, absmax_scales, search_scales, whole_blocks
 
@@ -54,7 +54,7 @@ class Method(Enum):
 
 
 class Effort(Enum):
-    """How much is spent: absmax scales and one walk; scale search, three walks and refinement; more of both."""
+    """How much is spent: absmax scales and one walk; scale search, three walks and refinement; more, and tuning."""
 
     FAST = "fast"
     DEFAULT = "default"
@@ -70,12 +70,14 @@ class Spending:
         shifts: more walks with all scales shifted so many times `_SHIFT / 2^bits`, relatively.
         refits: more walks with the scales refitted to the best codes so far.
         sweeps: of refinement: over all groups, scale first, then codes.
+        tuning: steps by gradient, of all linears of a half-layer together.
     """
 
     search: bool = True
     shifts: tuple[int, ...] = ()
     refits: int = 0
     sweeps: int = 0
+    tuning: int = 0
 
     @property
     def walks(self) -> int:
@@ -86,7 +88,7 @@ class Spending:
 SPENDING = {
     Effort.FAST: Spending(search=False),
     Effort.DEFAULT: Spending(shifts=(1,), refits=1, sweeps=2),
-    Effort.BEST: Spending(shifts=(1, -1), refits=3, sweeps=6),
+    Effort.BEST: Spending(shifts=(1, -1), refits=3, sweeps=6, tuning=48),
 }
 _SHIFT = 0.6
 
@@ -107,6 +109,7 @@ class Recipe:
         rtn_below: experts with fewer effective samples than this share of their inputs are rounded to nearest.
         repair_router: refit each layer's router to the logits of the original model's.
         equalize: scale the hidden channels of feed-forward blocks so that `down` loses less, and `up` makes up for it.
+        tune_steps: by gradient, of all linears of a half-layer together; None: what the effort spends.
         backend: what runs the inner loops; speed only, up to the order of sums.
     """
 
@@ -121,7 +124,15 @@ class Recipe:
     rtn_below: float = 1 / 32
     repair_router: bool = False
     equalize: bool = True
+    tune_steps: int | None = None
     backend: Backend = Backend.AUTO
+
+    @property
+    def tuning(self) -> int:
+        """Steps of tuning: none where nothing is to be calibrated."""
+        if self.method is Method.RTN:
+            return 0
+        return SPENDING[self.effort].tuning if self.tune_steps is None else self.tune_steps
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,6 +147,7 @@ class Outcome:
         retries_E: how often the damping was raised to make the factorisation succeed.
         fallback_E: true where GPTQ was asked for and the evidence was too thin.
         scale_EI: what the inputs must be multiplied by; codes are those of weights divided by it.
+        leaning_EOI: see `leanings`; None where nobody asked.
     """
 
     quantized: QuantizedTensor
@@ -145,6 +157,7 @@ class Outcome:
     retries_E: Tensor
     fallback_E: Tensor
     scale_EI: Tensor
+    leaning_EOI: Tensor | None = None
 
 
 def experts_a_part(out_features: int, in_features: int, workspace: int = WORKSPACE_WEIGHTS) -> int:
@@ -161,6 +174,7 @@ def quantize_stack(
     workspace: int = WORKSPACE_WEIGHTS,
     *,
     equalizes: bool = False,
+    leans: bool = False,
 ) -> Outcome:
     """Quantize a stack of matrices; experts and rows go through in parts that bound the workspace.
 
@@ -172,6 +186,7 @@ def quantize_stack(
         recipe: settings.
         workspace: weights solved at a time; memory only.
         equalizes: whether columns may be scaled, where the recipe says so; see `Outcome.scale_EI`.
+        leans: whether `Outcome.leaning_EOI` is wanted.
     """
     num_experts, out_features, in_features = w_EOI.shape
     if h_EII is None or effective_E is None or recipe.method is Method.RTN:
@@ -198,6 +213,7 @@ def quantize_stack(
                 workspace,
                 rounded=is_rounded,
                 equalizes=equalizes and recipe.equalize,
+                leans=leans,
             )
             parts.append(replace(part, fallback_E=fallback_E[experts]))
             order.append(experts)
@@ -229,6 +245,7 @@ def _quantize_part(
     *,
     rounded: bool,
     equalizes: bool,
+    leans: bool,
 ) -> Outcome:
     num_experts, _, in_features = w_EOI.shape
     nothing_E = torch.zeros(num_experts)
@@ -261,6 +278,7 @@ def _quantize_part(
             retries_E=nothing_E.long() if factor is None else factor.retries_E.cpu(),
             fallback_E=nothing_E.bool(),
             scale_EI=scale_EI,
+            leaning_EOI=leanings(w_part_EOI, damped_EII, solution.quantized) if leans else None,
         )
         parts.append(outcome)
     together = _map(lambda *x: torch.cat(x, 1) if x[0].ndim > 1 else x[0], parts)
@@ -347,6 +365,7 @@ def _map(join: Callable[..., Tensor], parts: list[Outcome]) -> Outcome:
         ),
         **{
             name: each(name, parts)
-            for name in ("loss_EO", "energy_EO", "damping_E", "retries_E", "fallback_E", "scale_EI")
+            for name in ("loss_EO", "energy_EO", "damping_E", "retries_E", "fallback_E", "scale_EI", "leaning_EOI")
+            if getattr(parts[0], name) is not None
         },
     )

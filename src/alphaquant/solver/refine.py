@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from alphaquant.formats import ScaleKind, decode, pool_rows, round_scale
+from alphaquant.formats import ElementKind, ScaleKind, decode, dequantize, pool_rows, quantize_values, round_scale
 from alphaquant.solver import native
 from alphaquant.solver.backend import Backend, kernels_for
 from alphaquant.solver.gptq import Columns, Solution, encode_grouped
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from alphaquant.formats import QuantizedTensor, Scheme
+    from alphaquant.formats import Format, QuantizedTensor, Scheme
 
     Product = Callable[[Tensor, Tensor], Tensor]
 
-__all__ = ["refine", "refit_scales"]
+__all__ = ["grid_steps", "leanings", "refine", "refit_scales"]
 
+_ALMOST_HALF = 0.49  # of a grid step
 _LEAF = 32  # columns whose moves reach each other one by one
 _BLOCK = 128  # columns that descend before the rest of the gradient follows
 
@@ -91,6 +92,39 @@ def refit_scales(
         state.refit(cut, state.gradient_EIO[:, cut], moved_EBO)
         state.gradient_EIO[:, cut.stop :] += product(h_EII[:, cut.stop :, cut], moved_EBO)
     return replace(quantized, scale=state.scale_EGO.transpose(1, 2).contiguous())
+
+
+def leanings(w_EOI: Tensor, h_EII: Tensor | None, quantized: QuantizedTensor) -> Tensor:
+    """Where each weight would lie best if it alone were free, from its code's value, in grid values, fp16.
+
+    That is the error's gradient over its curvature, held within what rounds to the code: after descent most are.
+
+    Args:
+        w_EOI: weights.
+        h_EII: damped Hessians in natural column order; None: inputs that say nothing of each other.
+        quantized: their codes.
+    """
+    error_EOI = w_EOI.float() - dequantize(quantized)
+    if h_EII is not None:
+        error_EOI = torch.bmm(error_EOI, h_EII).div_(h_EII.diagonal(dim1=1, dim2=2)[:, None])
+    zero_EOG1 = None if quantized.zero is None else quantized.zero[..., None]
+    step_EOG1, fmt = quantized.effective_scale()[..., None], quantized.scheme.format
+    value_EOGS = _values(quantized).unflatten(-1, (step_EOG1.shape[-2], -1))
+    leaning_EOGS = error_EOI.view_as(value_EOGS).div_(step_EOG1)
+    most_EOGS = grid_steps(value_EOGS, fmt).mul_(_ALMOST_HALF)
+    leaning_EOGS = torch.minimum(torch.maximum(leaning_EOGS, -most_EOGS), most_EOGS)
+    one = torch.ones((), device=w_EOI.device)
+    # below a power of two the steps of a float are half as wide
+    strays = quantize_values(value_EOGS + leaning_EOGS, one, zero_EOG1, fmt) != value_EOGS
+    return torch.where(strays, leaning_EOGS / 2, leaning_EOGS).flatten(-2).half()
+
+
+def grid_steps(values: Tensor, fmt: Format) -> Tensor:
+    """The distance from each grid value to the next one away from zero, float32 of the same shape."""
+    if fmt.kind is ElementKind.INT:
+        return torch.ones_like(values)
+    normal = values.abs().clamp_min_(2.0**fmt.min_exponent)
+    return torch.ldexp(torch.ones_like(values), torch.frexp(normal).exponent - 1 - fmt.mantissa_bits)
 
 
 @dataclass(slots=True, eq=False)

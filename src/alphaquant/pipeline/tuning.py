@@ -1,0 +1,406 @@
+"""Tuning: codes and scales of a half-layer moved by gradient, all linears together, toward the original's stream.
+
+What the quantized model's residual stream becomes by the half-layer is compared with what the original's has become,
+so that what one linear loses the others make up for, and what earlier layers lost, too. AutoRound (Cheng et al. 2023,
+arXiv 2309.05516) tunes rounding so, from the weights, by signs of gradients taken straight through the rounding. But
+such a gradient is that of the code, not of the place between two codes: it pushes until the code flips, then back, and
+all end near where they flip. Here a place moves toward where its weight would lie best if it alone were free, which a
+code's gradient says where the curvature is known: by gradient over curvature from the code. It rests where no code
+alone would be better elsewhere. GPTQ's codes, and where the Hessian has such places (`solver.leanings`), are the start.
+
+Shapes: N samples, L positions, D hidden; E experts, O out, I in, G groups, S a group's columns.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alphaquant.formats import QuantizedTensor, ScaleKind, dequantize, encode, pool_rows, quantize_values, round_scale
+from alphaquant.pipeline.pace import fits
+from alphaquant.pipeline.records import TuningRecord
+from alphaquant.solver import grid_steps
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from alphaquant.formats import Scheme
+    from alphaquant.models import LayerWeights
+    from alphaquant.pipeline.pace import Pace
+    from alphaquant.pipeline.stream import Stream
+
+__all__ = ["BATCH_TOKENS", "Objective", "Tunable", "taken_apart", "tune"]
+
+BATCH_TOKENS = 2048
+"""Of a step."""
+_HELD_OUT = 8  # the last of so many samples is not tuned on, but judges
+_LEANING = "leaning"
+_CODE_RATE, _SCALE_RATE = 0.1, 0.004  # at the first step: of the way to a place; of Adam, relative
+_BETAS = (0.9, 0.95)
+_PROBES = 4  # batches that curvature is measured by
+_SHAKE = 0.25  # of a step, or what bf16 resolves of the largest value; in these batches weights are off by so much
+_LEAST = 0.1  # of the mean curvature: that of rows and columns is held there
+
+
+@dataclass(slots=True, eq=False)
+class Tunable:
+    """A linear's quantized matrices of one scheme, on the device of its weights.
+
+    Attributes:
+        key: of the weights in the layer.
+        names: the modules' names, an expert each.
+        experts: which of the stacked weights they are; None where these are one matrix.
+        quantized: codes and scales `[E, O, I]`.
+        leaning_EOI: where each weight would lie if it alone were free, in grid values from its code's.
+    """
+
+    key: str
+    names: list[str]
+    experts: list[int] | None
+    quantized: QuantizedTensor
+    leaning_EOI: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        key: str,
+        names: list[str],
+        experts: list[int] | None,
+        scheme: Scheme,
+        parts: Mapping[str, Tensor],
+        weights: LayerWeights,
+    ) -> Tunable:
+        """Put modules that were `taken_apart` together, on the device of the layer's weights."""
+
+        def stacked(part: str) -> Tensor | None:
+            found = [parts[f"{name} {part}"] for name in names if f"{name} {part}" in parts]
+            return torch.stack(found).to(weights[key].device) if found else None
+
+        codes, scale, leaning_EOI = (stacked(part) for part in ("codes", "scale", _LEANING))
+        assert codes is not None
+        assert scale is not None
+        assert leaning_EOI is not None
+        quantized = QuantizedTensor(codes, scale, stacked("zero"), stacked("global_scale"), scheme)
+        return cls(key, names, experts, quantized, leaning_EOI)
+
+    def modules(self) -> Iterator[tuple[str, QuantizedTensor]]:
+        """Its modules one by one, on the CPU."""
+        for place, name in enumerate(self.names):
+            parts: dict[str, Any] = {part: tensor[place].cpu() for part, tensor in _tensors(self.quantized)}
+            yield name, replace(self.quantized, **parts)
+
+    def matrices(self, weight: Tensor) -> Tensor:
+        """Its own `[E, O, I]` of a tensor shaped as the layer's."""
+        return weight[None] if self.experts is None else weight[self.experts]
+
+    def put(self, weights: LayerWeights, w_EOI: Tensor) -> None:
+        """Replace them in the layer."""
+        if self.experts is None:
+            weights[self.key].copy_(w_EOI[0])
+        else:
+            weights[self.key][self.experts] = w_EOI.to(weights[self.key].dtype)
+
+
+def taken_apart(quantized: Mapping[str, QuantizedTensor], leanings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of all modules that have a leaning, by name and part."""
+    return {
+        f"{name} {part}": tensor
+        for name, leaning in leanings.items()
+        for part, tensor in [(_LEANING, leaning), *_tensors(quantized[name])]
+    }
+
+
+def _tensors(q: QuantizedTensor) -> list[tuple[str, Tensor]]:
+    parts = {"codes": q.codes, "scale": q.scale, "zero": q.zero, "global_scale": q.global_scale}
+    return [(part, tensor) for part, tensor in parts.items() if tensor is not None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Objective:
+    """What a half-layer is tuned to: the original's stream behind it.
+
+    The loss is the squared error of the stream relative to the target's square, token by token; a token of less than
+    the median square counts by that. Without the former the few tokens of massive activations would decide; without
+    the latter those of next to none.
+
+    Attributes:
+        half: the half-layer's function of the stream, in the weights as they are.
+        x_NLD: the stream before it.
+        target_NLD: the original's behind it.
+        samples: numbers of those that count.
+        where: the half-layer's name.
+        pace: how many of them go at a time.
+        notes: of memory that ran out.
+    """
+
+    half: Callable[[Tensor], Tensor]
+    x_NLD: Stream
+    target_NLD: Stream
+    samples: Tensor
+    where: str
+    pace: Pace
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Samples of a step."""
+        return max(1, BATCH_TOKENS // self.x_NLD.shape[1])
+
+    def split(self) -> tuple[Tensor, Tensor]:
+        """Samples to tune on, and those to judge by."""
+        period = min(_HELD_OUT, len(self.samples))
+        is_held = torch.arange(len(self.samples)) % period == period - 1
+        return self.samples if period == 1 else self.samples[~is_held], self.samples[is_held]
+
+    def divisors(self) -> Tensor:
+        """What each token's squared error is divided by, `[N, L]`."""
+        square_NL = torch.full(self.target_NLD.shape[:2], torch.nan)
+        for some in self.samples.split(self.size):
+            square_NL[some] = self.target_NLD[some].float().square().sum(-1).cpu()
+        return square_NL.clamp_min(square_NL[self.samples].median().clamp_min(torch.finfo(torch.float32).tiny))
+
+    def loss(self, some: Tensor, divisor_NL: Tensor) -> Tensor:
+        """The mean over the tokens of some samples."""
+        short_BLD = self.half(self.x_NLD[some]).float() - self.target_NLD[some].float()
+        return (short_BLD.square().sum(-1) / divisor_NL[some].to(short_BLD.device)).mean()
+
+    def mean(self, samples: Tensor, divisor_NL: Tensor) -> float:
+        """The loss a token."""
+        total = 0.0
+        for batch in samples.split(self.size):
+            found: list[float] = []
+
+            def add(some: Tensor, found: list[float] = found) -> None:
+                found.append(len(some) * float(self.loss(some, divisor_NL)))
+
+            self._in_pieces(batch, add, found.clear)
+            total += math.fsum(found)
+        return total / len(samples)
+
+    def descend(self, batch: Tensor, divisor_NL: Tensor, weights: Sequence[Tensor]) -> None:
+        """Give the weights the gradient of a batch's mean loss."""
+
+        def forget() -> None:
+            for weight in weights:
+                weight.grad = None
+
+        @torch.enable_grad()
+        def backward(some: Tensor) -> None:
+            (self.loss(some, divisor_NL) * (len(some) / len(batch))).backward()
+
+        forget()
+        self._in_pieces(batch, backward, forget)
+
+    def _in_pieces(self, some: Tensor, take: Callable[[Tensor], None], forget: Callable[[], None]) -> None:
+        """All of some samples, a few at a time; from the first one again where memory runs out."""
+        while not all(fits(take, piece) for piece in self.pace.cut([some])):
+            forget()
+            self.notes.append(self.pace.slower([some], self.where))
+
+
+@torch.no_grad()
+def tune(
+    objective: Objective, weights: LayerWeights, tunables: Sequence[Tunable], steps: int, seed: int
+) -> tuple[TuningRecord, dict[str, QuantizedTensor]]:
+    """Tune what of a half-layer is quantized; it stays as it was where the loss of held-out samples does not fall.
+
+    First the curvature of the loss is measured, that is the diagonal of its Hessian: the mean product of random signs
+    and the gradient at weights shaken by these signs (Hutchinson 1989; Bekas, Kokiopoulou and Saad 2007), which is
+    averaged over rows and over columns. Then each step moves every place a share of the way, and scales of 16 bits by
+    Adam (Kingma and Ba 2015); both rates fall linearly to nothing.
+
+    Args:
+        objective: what to tune to.
+        weights: of the layer; those of the tunables change in place.
+        tunables: its quantized linears.
+        steps: how many.
+        seed: draws the order of the samples.
+
+    Returns:
+        What it did, and codes and scales by the modules' names.
+    """
+    divisor_NL = objective.divisors()
+    fitted, held = objective.split()
+    before = objective.mean(held, divisor_NL)
+    moving = [_Moving.of(tunable) for tunable in tunables]
+    _descend(objective, weights, moving, fitted, divisor_NL, steps, seed)
+    tuned = [one.ended() for one in moving]
+    del moving
+    for tunable, quantized in zip(tunables, tuned, strict=True):
+        tunable.put(weights, dequantize(quantized))
+    after = objective.mean(held, divisor_NL)
+    kept = after < before
+    num_moved = sum(int((t.quantized.codes != q.codes).sum()) for t, q in zip(tunables, tuned, strict=True))
+    moved = num_moved / sum(tunable.quantized.codes.numel() for tunable in tunables)
+    for tunable, quantized in zip(tunables, tuned, strict=True):
+        if kept:
+            tunable.quantized = quantized
+        else:
+            tunable.put(weights, dequantize(tunable.quantized))
+    record = TuningRecord(objective.where, len(held) * objective.x_NLD.shape[1], before, after, moved, kept)
+    return record, {name: q for tunable in tunables for name, q in tunable.modules()}
+
+
+def _descend(
+    objective: Objective,
+    weights: LayerWeights,
+    moving: Sequence[_Moving],
+    samples: Tensor,
+    divisor_NL: Tensor,
+    steps: int,
+    seed: int,
+) -> None:
+    """Measure the curvature, and move places and scales; gradients are taken at their codes."""
+    scales = [one.log_EOG for one in moving if one.has_free_scales]
+    optimizer = torch.optim.Adam(scales, lr=_SCALE_RATE, betas=_BETAS) if scales else None
+    generator = torch.Generator().manual_seed(seed)
+    batches = _batches(samples, objective.size, _PROBES + steps, seed)
+    with _differentiable([weights[one.tunable.key] for one in moving]) as own:
+        for batch in islice(batches, _PROBES):
+            for one in moving:
+                one.tunable.put(weights, one.shaken(generator))
+            objective.descend(batch, divisor_NL, own)
+            for one in moving:
+                one.learn(weights[one.tunable.key])
+        for step, batch in enumerate(batches):
+            falling = 1 - step / steps
+            for one in moving:
+                one.tunable.put(weights, one.weights())
+            objective.descend(batch, divisor_NL, own)
+            for one in moving:
+                one.move(weights[one.tunable.key], _CODE_RATE * falling)
+            if optimizer is not None:
+                optimizer.param_groups[0]["lr"] = _SCALE_RATE * falling
+                optimizer.step()
+
+
+@dataclass(slots=True, eq=False)
+class _Moving:
+    """A tunable under way.
+
+    Attributes:
+        tunable: as it was.
+        place_EOGS: where its weights lie on the grid; codes are the nearest values.
+        log_EOG: logarithms of what scales are multiplied by.
+        row_EO1: mean curvature of each row, so far.
+        column_E1I: of each column.
+        sign_EOGS: those that weights are shaken by.
+    """
+
+    tunable: Tunable
+    place_EOGS: Tensor
+    log_EOG: Tensor
+    row_EO1: Tensor
+    column_E1I: Tensor
+    sign_EOGS: Tensor
+
+    @classmethod
+    def of(cls, tunable: Tunable) -> _Moving:
+        q = tunable.quantized
+        place_EOI = dequantize(replace(q, scale=torch.ones_like(q.scale), global_scale=None)) + tunable.leaning_EOI
+        row_EO1, column_E1I = torch.zeros_like(place_EOI[..., :1]), torch.zeros_like(place_EOI[:, :1])
+        place_EOGS = place_EOI.unflatten(-1, (q.scale.shape[-1], -1))
+        return cls(tunable, place_EOGS, torch.zeros_like(q.scale), row_EO1, column_E1I, q.codes[:0])
+
+    @property
+    def has_free_scales(self) -> bool:
+        """Whether scales can take nearly any value."""
+        return self.tunable.quantized.scheme.format.scale is ScaleKind.MODEL
+
+    def shaken(self, generator: torch.Generator) -> Tensor:
+        """The weights, each off by a little up or down at random."""
+        bits = torch.randint(0, 2, self.place_EOGS.shape, generator=generator, dtype=torch.int8)
+        self.sign_EOGS = bits.mul_(2).sub_(1).to(self.place_EOGS.device)
+        return self.weights() + (self._shake_EOG1 * self.sign_EOGS).flatten(-2)
+
+    def learn(self, weight: Tensor) -> None:
+        """Take what the gradient at shaken weights says of the curvature."""
+        assert weight.grad is not None
+        slope_EOGS = self._grouped(self.tunable.matrices(weight.grad))
+        curvature_EOI = (slope_EOGS * self.sign_EOGS).div_(self._shake_EOG1 * _PROBES).flatten(-2)
+        self.row_EO1 += curvature_EOI.mean(-1, keepdim=True)
+        self.column_E1I += curvature_EOI.mean(-2, keepdim=True)
+        self.sign_EOGS = self.sign_EOGS.new_empty(0)
+
+    def move(self, weight: Tensor, rate: float) -> None:
+        """Move each place so much of the way to where it should be, and note the scales' gradients."""
+        assert weight.grad is not None
+        slope_EOGS, scheme = self._grouped(self.tunable.matrices(weight.grad)), self.tunable.quantized.scheme
+        if self.has_free_scales:
+            # w = value * scale * exp(log), so its derivative is w itself
+            log_slope_EOG = (slope_EOGS * self._grouped(self.tunable.matrices(weight))).sum(-1)
+            self.log_EOG.grad = pool_rows(log_slope_EOG, scheme).contiguous()
+        value_EOGS = self._values()
+        away_EOGS = slope_EOGS.div_(self._grouped(self._curvature())).div_(self._scale_EOG1)
+        most_EOGS = grid_steps(value_EOGS, scheme.format)
+        best_EOGS = value_EOGS.sub_(torch.minimum(torch.maximum(away_EOGS, -most_EOGS), most_EOGS))
+        self.place_EOGS.lerp_(best_EOGS, rate)
+
+    def weights(self) -> Tensor:
+        """What these places and scales stand for, `[E, O, I]`."""
+        return (self._values() * self._scale_EOG1).flatten(-2)
+
+    def ended(self) -> QuantizedTensor:
+        """The codes of these places, and the scales as they are stored."""
+        q = self.tunable.quantized
+        codes = encode(self._values(), q.scheme.format, self._zero_EOG1).flatten(-2)
+        scale = round_scale(q.scale * self.log_EOG.exp(), q.scheme) if self.has_free_scales else q.scale
+        return replace(q, codes=codes, scale=scale)
+
+    def _curvature(self) -> Tensor:
+        """Of every weight, `[E, O, I]`, as its row's and its column's; infinite where there was none to be seen."""
+        mean_E11 = self.row_EO1.mean(-2, keepdim=True)
+        row_EO1 = self.row_EO1.maximum(_LEAST * mean_E11)
+        column_E1I = self.column_E1I.maximum(_LEAST * mean_E11)
+        return torch.where(mean_E11 > 0, row_EO1 * column_E1I / mean_E11, torch.inf)
+
+    def _grouped(self, x_EOI: Tensor) -> Tensor:
+        grouped: Tensor = x_EOI.float().unflatten(-1, (self.log_EOG.shape[-1], -1))
+        return grouped
+
+    @property
+    def _scale_EOG1(self) -> Tensor:
+        return (self.tunable.quantized.effective_scale() * self.log_EOG.exp())[..., None]
+
+    @property
+    def _shake_EOG1(self) -> Tensor:
+        return self._scale_EOG1 * max(_SHAKE, self.tunable.quantized.scheme.format.max_value / 64)
+
+    @property
+    def _zero_EOG1(self) -> Tensor | None:
+        zero = self.tunable.quantized.zero
+        return None if zero is None else zero[..., None]
+
+    def _values(self) -> Tensor:
+        one = torch.ones((), device=self.place_EOGS.device)
+        return quantize_values(self.place_EOGS, one, self._zero_EOG1, self.tunable.quantized.scheme.format)
+
+
+@contextmanager
+def _differentiable(weights: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients reach these weights, and nothing of them is left behind."""
+    try:
+        for weight in weights:
+            weight.requires_grad_()
+        yield weights
+    finally:
+        for weight in weights:
+            weight.requires_grad, weight.grad = False, None
+
+
+def _batches(samples: Tensor, size: int, number: int, seed: int) -> Iterator[Tensor]:
+    """So many batches, in a new order each time that all samples have had their turn."""
+    generator = torch.Generator().manual_seed(seed)
+    queue = samples[:0]
+    for _ in range(number):
+        if len(queue) < min(size, len(samples)):
+            queue = torch.cat([queue, samples[torch.randperm(len(samples), generator=generator)]])
+        yield queue[:size]
+        queue = queue[size:]
