@@ -280,13 +280,13 @@ def test_in_memory_it_is_the_same(run, text):
 
 def test_who_tunes():
     assert Recipe().tuning == Recipe(effort=Effort.FAST).tuning == 0
-    assert Recipe(effort=Effort.BEST).tuning == 48
+    assert Recipe(effort=Effort.BEST).tuning == 96
     assert Recipe(effort=Effort.BEST, tune_steps=0).tuning == 0
     assert Recipe(tune_steps=7).tuning == 7
     assert Recipe(tune_steps=7, method=Method.RTN).tuning == 0
     with pytest.raises(ConfigError, match="tune_steps is -1"):
         GPTQConfig(tune_steps=-1)
-    assert GPTQConfig(effort="best").tuning == 48
+    assert GPTQConfig(effort="best").tuning == 96
 
 
 def test_without_calibration_nothing_is_tuned(olmoe, tmp_path):

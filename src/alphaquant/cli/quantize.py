@@ -107,7 +107,7 @@ def quantize(
     ] = False,
     tune_steps: Annotated[
         int | None,
-        typer.Option(min=0, help="Tune each half-layer by gradient; 48 by --effort best, else 0."),
+        typer.Option(min=0, help="Tune each half-layer by gradient; 96 by --effort best, else 0."),
     ] = None,
     rotate: RotateOpt = Rotate.NONE,
     kernels: Annotated[Backend, typer.Option(help="Inner loops; auto: Triton on a GPU, C on a CPU.")] = Backend.AUTO,

@@ -38,12 +38,13 @@ if TYPE_CHECKING:
 
 __all__ = ["BATCH_TOKENS", "Objective", "Tunable", "taken_apart", "tune"]
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 """Of a step."""
 _HELD_OUT = 8  # the last of so many samples is not tuned on, but judges
 _LEANING = "leaning"
-_CODE_RATE, _SCALE_RATE = 0.1, 0.004  # at the first step: of the way to a place; of Adam, relative
+_CODE_RATE, _SCALE_RATE = 0.15, 0.004  # at the first step: of the way to a place; of Adam, relative
 _BETAS = (0.9, 0.95)
+_MOST = 0.1  # of a step of the grid that a place moves at a time
 _PROBES = 4  # batches that curvature is measured by
 _SHAKE = 0.25  # of a step, or what bf16 resolves of the largest value; in these batches weights are off by so much
 _LEAST = 0.1  # of the mean curvature: that of rows and columns is held there
@@ -213,8 +214,8 @@ def tune(
 
     First the curvature of the loss is measured, that is the diagonal of its Hessian: the mean product of random signs
     and the gradient at weights shaken by these signs (Hutchinson 1989; Bekas, Kokiopoulou and Saad 2007), which is
-    averaged over rows and over columns. Then each step moves every place a share of the way, and scales of 16 bits by
-    Adam (Kingma and Ba 2015); both rates fall linearly to nothing.
+    averaged over rows and over columns. Then each step moves every place a share of the way, the less the more batches
+    differ about it, and scales of 16 bits by Adam (Kingma and Ba 2015); both rates fall linearly to nothing.
 
     Args:
         objective: what to tune to.
@@ -282,6 +283,36 @@ def _descend(
 
 
 @dataclass(slots=True, eq=False)
+class _Factored:
+    """The mean over batches of something of every weight, taken as its row's times its column's.
+
+    Second moments are kept so by Adafactor (Shazeer and Stern 2018, arXiv 1804.04235).
+    """
+
+    row_EO1: Tensor
+    column_E1I: Tensor
+    batches: int = 0
+
+    @classmethod
+    def like(cls, x_EOI: Tensor) -> _Factored:
+        """Nothing yet."""
+        return cls(torch.zeros_like(x_EOI[..., :1]), torch.zeros_like(x_EOI[:, :1]))
+
+    def add(self, x_EOI: Tensor) -> None:
+        """Take a batch's."""
+        self.row_EO1 += x_EOI.mean(-1, keepdim=True)
+        self.column_E1I += x_EOI.mean(-2, keepdim=True)
+        self.batches += 1
+
+    def factors(self, least: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Two that multiply to it, `[E, O, 1]` and `[E, 1, I]`, held at a share of its mean; zeros if that is none."""
+        mean_E11 = self.row_EO1.mean(-2, keepdim=True)
+        row_EO1, column_E1I = (x.maximum(least * mean_E11) for x in (self.row_EO1, self.column_E1I))
+        column_E1I = column_E1I / (mean_E11 * self.batches)
+        return torch.where(mean_E11 > 0, row_EO1, 0.0), torch.where(mean_E11 > 0, column_E1I, 0.0)
+
+
+@dataclass(slots=True, eq=False)
 class _Moving:
     """A tunable under way.
 
@@ -289,25 +320,25 @@ class _Moving:
         tunable: as it was.
         place_EOGS: where its weights lie on the grid; codes are the nearest values.
         log_EOG: logarithms of what scales are multiplied by.
-        row_EO1: mean curvature of each row, so far.
-        column_E1I: of each column.
+        curvature: of the loss by each weight.
+        noise: squares of how many steps of the grid a batch says that a weight should be off its code.
         sign_EOGS: those that weights are shaken by.
     """
 
     tunable: Tunable
     place_EOGS: Tensor
     log_EOG: Tensor
-    row_EO1: Tensor
-    column_E1I: Tensor
+    curvature: _Factored
+    noise: _Factored
     sign_EOGS: Tensor
 
     @classmethod
     def of(cls, tunable: Tunable) -> _Moving:
         q = tunable.quantized
         place_EOI = dequantize(replace(q, scale=torch.ones_like(q.scale), global_scale=None)) + tunable.leaning_EOI
-        row_EO1, column_E1I = torch.zeros_like(place_EOI[..., :1]), torch.zeros_like(place_EOI[:, :1])
         place_EOGS = place_EOI.unflatten(-1, (q.scale.shape[-1], -1))
-        return cls(tunable, place_EOGS, torch.zeros_like(q.scale), row_EO1, column_E1I, q.codes[:0])
+        curvature, noise = (_Factored.like(place_EOI) for _ in range(2))
+        return cls(tunable, place_EOGS, torch.zeros_like(q.scale), curvature, noise, q.codes.new_empty(0))
 
     @property
     def has_free_scales(self) -> bool:
@@ -322,26 +353,28 @@ class _Moving:
 
     def learn(self, weight: Tensor) -> None:
         """Take what the gradient at shaken weights says of the curvature."""
-        assert weight.grad is not None
-        slope_EOGS = self._grouped(self.tunable.matrices(weight.grad))
-        curvature_EOI = (slope_EOGS * self.sign_EOGS).div_(self._shake_EOG1 * _PROBES).flatten(-2)
-        self.row_EO1 += curvature_EOI.mean(-1, keepdim=True)
-        self.column_E1I += curvature_EOI.mean(-2, keepdim=True)
+        slope_EOGS = self._slope(weight)
+        self.curvature.add(slope_EOGS.mul_(self.sign_EOGS).div_(self._shake_EOG1).flatten(-2))
         self.sign_EOGS = self.sign_EOGS.new_empty(0)
 
     def move(self, weight: Tensor, rate: float) -> None:
         """Move each place so much of the way to where it should be, and note the scales' gradients."""
-        assert weight.grad is not None
-        slope_EOGS, scheme = self._grouped(self.tunable.matrices(weight.grad)), self.tunable.quantized.scheme
+        slope_EOGS, scheme = self._slope(weight), self.tunable.quantized.scheme
         if self.has_free_scales:
             # w = value * scale * exp(log), so its derivative is w itself
             log_slope_EOG = (slope_EOGS * self._grouped(self.tunable.matrices(weight))).sum(-1)
             self.log_EOG.grad = pool_rows(log_slope_EOG, scheme).contiguous()
+        row_EO1, column_E1I = self.curvature.factors(_LEAST)
+        slope_EOGS.mul_(_inverse(row_EO1)[..., None] / self._scale_EOG1)
+        away_EOGS = slope_EOGS.mul_(self._grouped(_inverse(column_E1I)))
         value_EOGS = self._values()
-        away_EOGS = slope_EOGS.div_(self._grouped(self._curvature())).div_(self._scale_EOG1)
-        most_EOGS = grid_steps(value_EOGS, scheme.format)
-        best_EOGS = value_EOGS.sub_(torch.minimum(torch.maximum(away_EOGS, -most_EOGS), most_EOGS))
-        self.place_EOGS.lerp_(best_EOGS, rate)
+        step_EOGS = grid_steps(value_EOGS, scheme.format)
+        self.noise.add((away_EOGS / step_EOGS).square_().flatten(-2))
+        row_EO1, column_E1I = self.noise.factors()
+        rate_EOI = torch.addcmul(torch.ones_like(row_EO1), row_EO1, column_E1I).reciprocal_().mul_(rate)
+        way_EOGS = value_EOGS.sub_(away_EOGS).sub_(self.place_EOGS).mul_(self._grouped(rate_EOI))
+        most_EOGS = step_EOGS.mul_(_MOST)
+        self.place_EOGS += torch.minimum(torch.maximum(way_EOGS, -most_EOGS), most_EOGS)
 
     def weights(self) -> Tensor:
         """What these places and scales stand for, `[E, O, I]`."""
@@ -354,12 +387,10 @@ class _Moving:
         scale = round_scale(q.scale * self.log_EOG.exp(), q.scheme) if self.has_free_scales else q.scale
         return replace(q, codes=codes, scale=scale)
 
-    def _curvature(self) -> Tensor:
-        """Of every weight, `[E, O, I]`, as its row's and its column's; infinite where there was none to be seen."""
-        mean_E11 = self.row_EO1.mean(-2, keepdim=True)
-        row_EO1 = self.row_EO1.maximum(_LEAST * mean_E11)
-        column_E1I = self.column_E1I.maximum(_LEAST * mean_E11)
-        return torch.where(mean_E11 > 0, row_EO1 * column_E1I / mean_E11, torch.inf)
+    def _slope(self, weight: Tensor) -> Tensor:
+        """The gradient by its weights, a copy."""
+        assert weight.grad is not None
+        return self._grouped(self.tunable.matrices(weight.grad).to(torch.float32, copy=True))
 
     def _grouped(self, x_EOI: Tensor) -> Tensor:
         grouped: Tensor = x_EOI.float().unflatten(-1, (self.log_EOG.shape[-1], -1))
@@ -381,6 +412,11 @@ class _Moving:
     def _values(self) -> Tensor:
         one = torch.ones((), device=self.place_EOGS.device)
         return quantize_values(self.place_EOGS, one, self._zero_EOG1, self.tunable.quantized.scheme.format)
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """One over each; zero where it is none."""
+    return torch.where(x > 0, 1 / x, 0.0)
 
 
 @contextmanager

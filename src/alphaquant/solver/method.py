@@ -88,7 +88,7 @@ class Spending:
 SPENDING = {
     Effort.FAST: Spending(search=False),
     Effort.DEFAULT: Spending(shifts=(1,), refits=1, sweeps=2),
-    Effort.BEST: Spending(shifts=(1, -1), refits=3, sweeps=6, tuning=48),
+    Effort.BEST: Spending(shifts=(1, -1), refits=3, sweeps=6, tuning=96),
 }
 _SHIFT = 0.6
 
