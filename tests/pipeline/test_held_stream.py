@@ -85,7 +85,7 @@ def test_runs_short_of_memory_write_the_same_bytes(olmoe, text, tmp_path, monkey
     """One Hessian at a time, few rows at a time, activations on disk; and going on from where that was stopped."""
     tiny.quantize(olmoe, tmp_path / "ample", PLAN, text)
     plan = MemoryPlan(Limits(1, 64 * 64, holds_stream=True), 40, 4, {"all": 1})
-    monkeypatch.setattr(run, "plan_memory", lambda *_: plan)
+    monkeypatch.setattr(run, "plan_memory", lambda *_, **__: plan)
     if stops:
         add_shard = run.RunDir.add_shard
 
