@@ -259,8 +259,6 @@ def _descend(
     seed: int,
 ) -> None:
     """Measure the curvature, and move places and scales; gradients are taken at their codes."""
-    scales = [one.log_EOG for one in moving if one.has_free_scales]
-    optimizer = torch.optim.Adam(scales, lr=_SCALE_RATE, betas=_BETAS) if scales else None
     generator = torch.Generator().manual_seed(seed)
     batches = _batches(samples, objective.size, _PROBES + steps, seed)
     with _differentiable([weights[one.tunable.key] for one in moving]) as own:
@@ -276,10 +274,7 @@ def _descend(
                 one.tunable.put(weights, one.weights())
             objective.descend(batch, divisor_NL, own)
             for one in moving:
-                one.move(weights[one.tunable.key], _CODE_RATE * falling)
-            if optimizer is not None:
-                optimizer.param_groups[0]["lr"] = _SCALE_RATE * falling
-                optimizer.step()
+                one.move(weights[one.tunable.key], falling)
 
 
 @dataclass(slots=True, eq=False)
@@ -320,6 +315,8 @@ class _Moving:
         tunable: as it was.
         place_EOGS: where its weights lie on the grid; codes are the nearest values.
         log_EOG: logarithms of what scales are multiplied by.
+        moment_EOG: mean of their gradients, weighted by how late they are.
+        square_EOG: of these gradients' squares.
         curvature: of the loss by each weight.
         noise: squares of how many steps of the grid a batch says that a weight should be off its code.
         sign_EOGS: those that weights are shaken by.
@@ -328,6 +325,8 @@ class _Moving:
     tunable: Tunable
     place_EOGS: Tensor
     log_EOG: Tensor
+    moment_EOG: Tensor
+    square_EOG: Tensor
     curvature: _Factored
     noise: _Factored
     sign_EOGS: Tensor
@@ -338,7 +337,9 @@ class _Moving:
         place_EOI = dequantize(replace(q, scale=torch.ones_like(q.scale), global_scale=None)) + tunable.leaning_EOI
         place_EOGS = place_EOI.unflatten(-1, (q.scale.shape[-1], -1))
         curvature, noise = (_Factored.like(place_EOI) for _ in range(2))
-        return cls(tunable, place_EOGS, torch.zeros_like(q.scale), curvature, noise, q.codes.new_empty(0))
+        log_EOG, moment_EOG, square_EOG = (torch.zeros_like(q.scale) for _ in range(3))
+        signs = q.codes.new_empty(0)
+        return cls(tunable, place_EOGS, log_EOG, moment_EOG, square_EOG, curvature, noise, signs)
 
     @property
     def has_free_scales(self) -> bool:
@@ -357,24 +358,34 @@ class _Moving:
         self.curvature.add(slope_EOGS.mul_(self.sign_EOGS).div_(self._shake_EOG1).flatten(-2))
         self.sign_EOGS = self.sign_EOGS.new_empty(0)
 
-    def move(self, weight: Tensor, rate: float) -> None:
-        """Move each place so much of the way to where it should be, and note the scales' gradients."""
+    def move(self, weight: Tensor, falling: float) -> None:
+        """Move each place some of the way to where it should be, and scales; `falling` from one to nothing."""
         slope_EOGS, scheme = self._slope(weight), self.tunable.quantized.scheme
+        row_EO1, column_E1I = self.curvature.factors(_LEAST)
+        scale_EOG1 = self._scale_EOG1
         if self.has_free_scales:
             # w = value * scale * exp(log), so its derivative is w itself
             log_slope_EOG = (slope_EOGS * self._grouped(self.tunable.matrices(weight))).sum(-1)
-            self.log_EOG.grad = pool_rows(log_slope_EOG, scheme).contiguous()
-        row_EO1, column_E1I = self.curvature.factors(_LEAST)
-        slope_EOGS.mul_(_inverse(row_EO1)[..., None] / self._scale_EOG1)
+            self._scale_by(pool_rows(log_slope_EOG, scheme), _SCALE_RATE * falling)
+        slope_EOGS.mul_(_inverse(row_EO1)[..., None] / scale_EOG1)
         away_EOGS = slope_EOGS.mul_(self._grouped(_inverse(column_E1I)))
         value_EOGS = self._values()
         step_EOGS = grid_steps(value_EOGS, scheme.format)
         self.noise.add((away_EOGS / step_EOGS).square_().flatten(-2))
         row_EO1, column_E1I = self.noise.factors()
-        rate_EOI = torch.addcmul(torch.ones_like(row_EO1), row_EO1, column_E1I).reciprocal_().mul_(rate)
+        rate_EOI = torch.addcmul(torch.ones_like(row_EO1), row_EO1, column_E1I).reciprocal_().mul_(_CODE_RATE * falling)
         way_EOGS = value_EOGS.sub_(away_EOGS).sub_(self.place_EOGS).mul_(self._grouped(rate_EOI))
         most_EOGS = step_EOGS.mul_(_MOST)
         self.place_EOGS += torch.minimum(torch.maximum(way_EOGS, -most_EOGS), most_EOGS)
+
+    def _scale_by(self, slope_EOG: Tensor, rate: float) -> None:
+        """A step of Adam."""
+        first, second = _BETAS
+        batches = self.noise.batches + 1
+        self.moment_EOG.lerp_(slope_EOG, 1 - first)
+        self.square_EOG.lerp_(slope_EOG.square(), 1 - second)
+        mean_EOG, size_EOG = self.moment_EOG / (1 - first**batches), (self.square_EOG / (1 - second**batches)).sqrt_()
+        self.log_EOG -= rate * mean_EOG.div_(size_EOG.clamp_min_(torch.finfo(torch.float32).tiny))
 
     def weights(self) -> Tensor:
         """What these places and scales stand for, `[E, O, I]`."""
