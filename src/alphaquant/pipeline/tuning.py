@@ -47,6 +47,7 @@ _BETAS = (0.9, 0.95)
 _MOST = 0.1  # of a step of the grid that a place moves at a time
 _PROBES = 4  # batches that curvature is measured by
 _SHAKE = 0.25  # of a step, or what bf16 resolves of the largest value; in these batches weights are off by so much
+_AT_ONCE = 1 << 16  # weights that are moved together
 _LEAST = 0.1  # of the mean curvature: that of rows and columns is held there
 
 
@@ -293,11 +294,10 @@ class _Factored:
         """Nothing yet."""
         return cls(torch.zeros_like(x_EOI[..., :1]), torch.zeros_like(x_EOI[:, :1]))
 
-    def add(self, x_EOI: Tensor) -> None:
-        """Take a batch's."""
-        self.row_EO1 += x_EOI.mean(-1, keepdim=True)
-        self.column_E1I += x_EOI.mean(-2, keepdim=True)
-        self.batches += 1
+    def add(self, x_EOI: Tensor, rows: slice) -> None:
+        """Take some rows of a batch's; whoever does counts the batches."""
+        self.row_EO1[:, rows] += x_EOI.mean(-1, keepdim=True)
+        self.column_E1I += x_EOI.sum(-2, keepdim=True) / self.row_EO1.shape[1]
 
     def factors(self, least: float = 0.0) -> tuple[Tensor, Tensor]:
         """Two that multiply to it, `[E, O, 1]` and `[E, 1, I]`, held at a share of its mean; zeros if that is none."""
@@ -350,38 +350,54 @@ class _Moving:
         """The weights, each off by a little up or down at random."""
         bits = torch.randint(0, 2, self.place_EOGS.shape, generator=generator, dtype=torch.int8)
         self.sign_EOGS = bits.mul_(2).sub_(1).to(self.place_EOGS.device)
-        return self.weights() + (self._shake_EOG1 * self.sign_EOGS).flatten(-2)
+        return self.weights().add_((self._shake_EOG1 * self.sign_EOGS).flatten(-2))
 
     def learn(self, weight: Tensor) -> None:
         """Take what the gradient at shaken weights says of the curvature."""
-        slope_EOGS = self._slope(weight)
-        self.curvature.add(slope_EOGS.mul_(self.sign_EOGS).div_(self._shake_EOG1).flatten(-2))
+        assert weight.grad is not None
+        gradient_EOI, shake_EOG1 = self.tunable.matrices(weight.grad), self._shake_EOG1
+        for rows in self._cuts():
+            found_EOGS = self._grouped(gradient_EOI[:, rows]) * self.sign_EOGS[:, rows] / shake_EOG1[:, rows]
+            self.curvature.add(found_EOGS.flatten(-2), rows)
+        self.curvature.batches += 1
         self.sign_EOGS = self.sign_EOGS.new_empty(0)
 
     def move(self, weight: Tensor, falling: float) -> None:
-        """Move each place some of the way to where it should be, and scales; `falling` from one to nothing."""
-        slope_EOGS, scheme = self._slope(weight), self.tunable.quantized.scheme
-        row_EO1, column_E1I = self.curvature.factors(_LEAST)
-        scale_EOG1 = self._scale_EOG1
-        if self.has_free_scales:
+        """Move each place some of the way to where it should be, and scales; `falling` from one to nothing.
+
+        Some rows at a time, so that what is between two steps stays in a CPU's cache.
+        """
+        assert weight.grad is not None
+        gradient_EOI, w_EOI = self.tunable.matrices(weight.grad), self.tunable.matrices(weight)
+        row_EO1, column_E1I = (_inverse(factor) for factor in self.curvature.factors(_LEAST))
+        fmt, scale_EOG1 = self.tunable.quantized.scheme.format, self._scale_EOG1
+        column_E1GS = self._grouped(column_E1I)
+        away_EOGS, log_slope_EOG = torch.empty_like(self.place_EOGS), torch.empty_like(self.log_EOG)
+        for rows in self._cuts():
+            slope_EOGS = self._grouped(gradient_EOI[:, rows])
             # w = value * scale * exp(log), so its derivative is w itself
-            log_slope_EOG = (slope_EOGS * self._grouped(self.tunable.matrices(weight))).sum(-1)
-            self._scale_by(pool_rows(log_slope_EOG, scheme), _SCALE_RATE * falling)
-        slope_EOGS.mul_(_inverse(row_EO1)[..., None] / scale_EOG1)
-        away_EOGS = slope_EOGS.mul_(self._grouped(_inverse(column_E1I)))
-        value_EOGS = self._values()
-        step_EOGS = grid_steps(value_EOGS, scheme.format)
-        self.noise.add((away_EOGS / step_EOGS).square_().flatten(-2))
+            log_slope_EOG[:, rows] = (slope_EOGS * self._grouped(w_EOI[:, rows])).sum(-1)
+            away = torch.mul(slope_EOGS, row_EO1[:, rows, :, None] / scale_EOG1[:, rows], out=away_EOGS[:, rows])
+            away.mul_(column_E1GS)
+            off_EOGS = away / grid_steps(self._values(rows), fmt)
+            self.noise.add(off_EOGS.square_().flatten(-2), rows)
+        self.noise.batches += 1
         row_EO1, column_E1I = self.noise.factors()
-        rate_EOI = torch.addcmul(torch.ones_like(row_EO1), row_EO1, column_E1I).reciprocal_().mul_(_CODE_RATE * falling)
-        way_EOGS = value_EOGS.sub_(away_EOGS).sub_(self.place_EOGS).mul_(self._grouped(rate_EOI))
-        most_EOGS = step_EOGS.mul_(_MOST)
-        self.place_EOGS += torch.minimum(torch.maximum(way_EOGS, -most_EOGS), most_EOGS)
+        column_E1GS = self._grouped(column_E1I)
+        for rows in self._cuts():
+            value_EOGS = self._values(rows)
+            most_EOGS = grid_steps(value_EOGS, fmt).mul_(_MOST)
+            rate_EOGS = (row_EO1[:, rows, :, None] * column_E1GS).add_(1).reciprocal_().mul_(_CODE_RATE * falling)
+            place_EOGS = self.place_EOGS[:, rows]
+            way_EOGS = value_EOGS.sub_(away_EOGS[:, rows]).sub_(place_EOGS).mul_(rate_EOGS)
+            place_EOGS += torch.minimum(torch.maximum(way_EOGS, -most_EOGS), most_EOGS)
+        if self.has_free_scales:
+            self._scale_by(pool_rows(log_slope_EOG, self.tunable.quantized.scheme), _SCALE_RATE * falling)
 
     def _scale_by(self, slope_EOG: Tensor, rate: float) -> None:
         """A step of Adam."""
         first, second = _BETAS
-        batches = self.noise.batches + 1
+        batches = self.noise.batches
         self.moment_EOG.lerp_(slope_EOG, 1 - first)
         self.square_EOG.lerp_(slope_EOG.square(), 1 - second)
         mean_EOG, size_EOG = self.moment_EOG / (1 - first**batches), (self.square_EOG / (1 - second**batches)).sqrt_()
@@ -389,7 +405,10 @@ class _Moving:
 
     def weights(self) -> Tensor:
         """What these places and scales stand for, `[E, O, I]`."""
-        return (self._values() * self._scale_EOG1).flatten(-2)
+        scale_EOG1, w_EOGS = self._scale_EOG1, torch.empty_like(self.place_EOGS)
+        for rows in self._cuts():
+            torch.mul(self._values(rows), scale_EOG1[:, rows], out=w_EOGS[:, rows])
+        return w_EOGS.flatten(-2)
 
     def ended(self) -> QuantizedTensor:
         """The codes of these places, and the scales as they are stored."""
@@ -398,10 +417,11 @@ class _Moving:
         scale = round_scale(q.scale * self.log_EOG.exp(), q.scheme) if self.has_free_scales else q.scale
         return replace(q, codes=codes, scale=scale)
 
-    def _slope(self, weight: Tensor) -> Tensor:
-        """The gradient by its weights, a copy."""
-        assert weight.grad is not None
-        return self._grouped(self.tunable.matrices(weight.grad).to(torch.float32, copy=True))
+    def _cuts(self) -> list[slice]:
+        """Some rows at a time."""
+        out_features = self.log_EOG.shape[1]
+        size = max(1, _AT_ONCE * out_features // self.place_EOGS.numel())
+        return [slice(start, min(start + size, out_features)) for start in range(0, out_features, size)]
 
     def _grouped(self, x_EOI: Tensor) -> Tensor:
         grouped: Tensor = x_EOI.float().unflatten(-1, (self.log_EOG.shape[-1], -1))
@@ -420,9 +440,11 @@ class _Moving:
         zero = self.tunable.quantized.zero
         return None if zero is None else zero[..., None]
 
-    def _values(self) -> Tensor:
+    def _values(self, rows: slice = slice(None)) -> Tensor:
+        zero = self.tunable.quantized.zero
         one = torch.ones((), device=self.place_EOGS.device)
-        return quantize_values(self.place_EOGS, one, self._zero_EOG1, self.tunable.quantized.scheme.format)
+        zero_EOG1 = None if zero is None else zero[:, rows, :, None]
+        return quantize_values(self.place_EOGS[:, rows], one, zero_EOG1, self.tunable.quantized.scheme.format)
 
 
 def _inverse(x: Tensor) -> Tensor:

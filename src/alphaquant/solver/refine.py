@@ -5,12 +5,13 @@ Both lower `tr((W - Q) H (W - Q)ᵀ)` step by step. Shapes as in `gptq`: columns
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from alphaquant.formats import ElementKind, ScaleKind, decode, dequantize, pool_rows, quantize_values, round_scale
+from alphaquant.formats import ElementKind, ScaleKind, decode, pool_rows, quantize_values, round_scale
 from alphaquant.solver import native
 from alphaquant.solver.backend import Backend, kernels_for
 from alphaquant.solver.gptq import Columns, Solution, encode_grouped
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["grid_steps", "leanings", "refine", "refit_scales"]
 
 _ALMOST_HALF = 0.49  # of a grid step
+_LEANING_WEIGHTS = 1 << 20  # whose leanings are found together
 _LEAF = 32  # columns whose moves reach each other one by one
 _BLOCK = 128  # columns that descend before the rest of the gradient follows
 
@@ -104,19 +106,26 @@ def leanings(w_EOI: Tensor, h_EII: Tensor | None, quantized: QuantizedTensor) ->
         h_EII: damped Hessians in natural column order; None: inputs that say nothing of each other.
         quantized: their codes.
     """
-    error_EOI = w_EOI.float() - dequantize(quantized)
-    if h_EII is not None:
-        error_EOI = torch.bmm(error_EOI, h_EII).div_(h_EII.diagonal(dim1=1, dim2=2)[:, None])
-    zero_EOG1 = None if quantized.zero is None else quantized.zero[..., None]
+    num_experts, out_features, in_features = w_EOI.shape
+    leaning_EOI = torch.empty(w_EOI.shape, dtype=torch.float16, device=w_EOI.device)
     step_EOG1, fmt = quantized.effective_scale()[..., None], quantized.scheme.format
-    value_EOGS = _values(quantized).unflatten(-1, (step_EOG1.shape[-2], -1))
-    leaning_EOGS = error_EOI.view_as(value_EOGS).div_(step_EOG1)
-    most_EOGS = grid_steps(value_EOGS, fmt).mul_(_ALMOST_HALF)
-    leaning_EOGS = torch.minimum(torch.maximum(leaning_EOGS, -most_EOGS), most_EOGS)
     one = torch.ones((), device=w_EOI.device)
-    # below a power of two the steps of a float are half as wide
-    strays = quantize_values(value_EOGS + leaning_EOGS, one, zero_EOG1, fmt) != value_EOGS
-    return torch.where(strays, leaning_EOGS / 2, leaning_EOGS).flatten(-2).half()
+    at_once = max(1, _LEANING_WEIGHTS // in_features)
+    for expert, start in itertools.product(range(num_experts), range(0, out_features, at_once)):
+        part = (expert, slice(start, start + at_once))
+        step_OG1 = step_EOG1[part]
+        zero_OG1 = None if quantized.zero is None else quantized.zero[part][..., None]
+        value_OGS = decode(quantized.codes[part].unflatten(-1, (step_OG1.shape[-2], -1)), fmt, zero_OG1)
+        error_OI = w_EOI[part].float() - (value_OGS * step_OG1).flatten(-2)
+        if h_EII is not None:
+            error_OI = (error_OI @ h_EII[expert]).div_(h_EII[expert].diagonal())
+        leaning_OGS = error_OI.view_as(value_OGS).div_(step_OG1)
+        most_OGS = grid_steps(value_OGS, fmt).mul_(_ALMOST_HALF)
+        leaning_OGS = torch.minimum(torch.maximum(leaning_OGS, -most_OGS), most_OGS)
+        # below a power of two the steps of a float are half as wide
+        strays = quantize_values(value_OGS + leaning_OGS, one, zero_OG1, fmt) != value_OGS
+        leaning_EOI[part] = torch.where(strays, leaning_OGS / 2, leaning_OGS).flatten(-2).half()
+    return leaning_EOI
 
 
 def grid_steps(values: Tensor, fmt: Format) -> Tensor:
