@@ -15,7 +15,7 @@ import torch
 from alphaquant.models import MoESpec
 from alphaquant.pipeline.collect import widths
 from alphaquant.pipeline.layer import follows_original
-from alphaquant.pipeline.tuning import BATCH_TOKENS
+from alphaquant.pipeline.tuning import BATCH_TOKENS, PROBES
 from alphaquant.solver import SPENDING, Backend, Method, backend_for, native
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["foretell_seconds"]
 
-_BACKWARD = 4.0  # a batch's forward and backward pass, relative to one without gradients
-_MOVE = 400.0  # of a weight in a step of tuning, in operations of an fp32 product
+_BACKWARD = 6.0  # a batch's forward and backward pass, relative to one without gradients
+_MOVE = (
+    1500.0  # of a weight in a step of tuning, its gradient's way through memory too, in operations of an fp32 product
+)
 _READ_BYTES = 1e9  # a second, from a disk
 
 
@@ -93,8 +95,8 @@ def foretell_seconds(
             forward += 2 * rows * tokens[1] * spec.hidden_size  # scores and values, half of them masked
     products, solver = _rate(dtype, device), _rate(torch.float32, device)
     steps = recipe.tuning if rows else 0
-    batches = steps * max(BATCH_TOKENS, tokens[1]) / rows if tokens is not None and rows else 0.0
-    tune = (_BACKWARD * batches + 1 / 4) * forward / products + steps * moved * _MOVE / solver
+    batches = (steps + PROBES) * max(BATCH_TOKENS, tokens[1]) / rows if tokens is not None and rows else 0.0
+    tune = (_BACKWARD * batches + 1 / 4) * forward / products + (steps + PROBES) * moved * _MOVE / solver
     follows = 1 + follows_original(recipe, spec)
     return {
         "read": read * dtype.itemsize / _READ_BYTES,

@@ -36,16 +36,17 @@ if TYPE_CHECKING:
     from alphaquant.pipeline.pace import Pace
     from alphaquant.pipeline.stream import Stream
 
-__all__ = ["BATCH_TOKENS", "Objective", "Tunable", "taken_apart", "tune"]
+__all__ = ["BATCH_TOKENS", "PROBES", "Objective", "Tunable", "taken_apart", "tune"]
 
 BATCH_TOKENS = 1024
 """Of a step."""
+PROBES = 4
+"""Batches that curvature is measured by, before the first step."""
 _HELD_OUT = 8  # the last of so many samples is not tuned on, but judges
 _LEANING = "leaning"
 _CODE_RATE, _SCALE_RATE = 0.15, 0.004  # at the first step: of the way to a place; of Adam, relative
 _BETAS = (0.9, 0.95)
 _MOST = 0.1  # of a step of the grid that a place moves at a time
-_PROBES = 4  # batches that curvature is measured by
 _SHAKE = 0.25  # of a step, or what bf16 resolves of the largest value; in these batches weights are off by so much
 _AT_ONCE = 1 << 16  # weights that are moved together
 _LEAST = 0.1  # of the mean curvature: that of rows and columns is held there
@@ -261,9 +262,9 @@ def _descend(
 ) -> None:
     """Measure the curvature, and move places and scales; gradients are taken at their codes."""
     generator = torch.Generator().manual_seed(seed)
-    batches = _batches(samples, objective.size, _PROBES + steps, seed)
+    batches = _batches(samples, objective.size, PROBES + steps, seed)
     with _differentiable([weights[one.tunable.key] for one in moving]) as own:
-        for batch in islice(batches, _PROBES):
+        for batch in islice(batches, PROBES):
             for one in moving:
                 one.tunable.put(weights, one.shaken(generator))
             objective.descend(batch, divisor_NL, own)
