@@ -358,6 +358,8 @@ class LayerQuantizer:
                 for stream in (x_NLD, original_NLD):
                     team.gather_turns(stream, chunks(*stream.shape[:2]))
         parts = team.gather(taken_apart(result.quantized, leanings))
+        own = list(leanings)
+        leanings.clear()
         told: list[Any] = []
         self._tell("tune", layer, x_NLD)
         with self.clock("tune"):
@@ -366,13 +368,13 @@ class LayerQuantizer:
                 kept = self.samples.kept(x_NLD.shape[0])
                 objective = Objective(function, x_NLD, original_NLD, kept, f"layer {layer}, {where}", self.pace)
                 tunables = self._tunables(layer, weights, stacks, parts)
+                parts.clear()
                 record, tuned = tune(objective, weights, tunables, self.recipe.tuning, seed=layer)
                 result.quantized.update(tuned)
                 told = [asdict(record), objective.notes, {name: q.sha256() for name, q in tuned.items()}]
             else:
-                for name in leanings:
+                for name in own:
                     del result.quantized[name]
-            leanings.clear()
             for key in sorted({parameter.key for stack in stacks for parameter in stack.parameters}):
                 team.spread(weights[key], 0)
             said, found, hashes = team.tell(told)[0]
