@@ -20,6 +20,7 @@ from alphaquant.pipeline import layer as layer_module
 from alphaquant.pipeline.layer import LayerQuantizer, Limits
 from alphaquant.pipeline.pace import Pace
 from alphaquant.pipeline.tuning import Objective, Tunable, tune
+from alphaquant.report import write_report
 from alphaquant.solver import Effort, Method, Recipe, leanings
 from alphaquant.verification import check_stored
 from models.families import MODELS, zoo
@@ -241,6 +242,16 @@ def test_a_tuned_run_is_whole(run):
     halves = result.report["tuning"]["halves"]
     assert halves == 2 * (len(result.records) - 1)
     assert result.report["seconds"]["tune"] > 0
+
+
+def test_the_report_shows_every_half_layer(run, tmp_path):
+    _, out, result = run
+    html, markdown = (path.read_text() for path in write_report(out, tmp_path))
+    records = [record for layer in result.records for record in layer.tuning]
+    for record in records:
+        change = f"{record.loss_before:.4%} to {record.loss_after:.4%}, {record.moved:.2%} of codes moved"
+        assert html.count(f"{record.half}: {change}") == 2, "a point before and one after"
+        assert f"| {record.half} | {record.loss_before:.4%} | {record.loss_after:.4%} |" in markdown
 
 
 def test_a_stopped_run_ends_with_the_same_bytes(run, text, tmp_path, monkeypatch):
