@@ -100,3 +100,22 @@ def test_grouped_products_are_each_experts_own(counts: list[int], dtype: torch.d
     truth = torch.cat([rows @ w_OI.T for rows, w_OI in parts])
     torch.testing.assert_close(found.double(), truth, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-2)
     assert (found.double() - truth).norm() < (1e-6 if dtype is torch.float32 else 5e-3) * truth.norm()
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 64, 3], [0, 0, 0, 1], [65, 128, 1, 0]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_by_expert_can_be_differentiated(counts: list[int], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(counts), 32, generator=generator).to(dtype).requires_grad_()
+    w = torch.randn(4, 16, 32, generator=generator).to(dtype).requires_grad_()
+    slope = torch.randn(sum(counts), 16, generator=generator).to(dtype)
+    out = _by_expert(x, torch.tensor(counts), w)
+    out.backward(slope)
+    tight = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
+    start = 0
+    for expert, count in enumerate(counts):
+        rows, start = slice(start, start + count), start + count
+        own = w[expert].double()
+        torch.testing.assert_close(out[rows].double(), x[rows].double() @ own.T, **tight)
+        torch.testing.assert_close(x.grad[rows].double(), slope[rows].double() @ own, **tight)
+        torch.testing.assert_close(w.grad[expert].double(), slope[rows].double().T @ x[rows].double(), **tight)

@@ -108,8 +108,7 @@ def _by_expert(x_RI: Tensor, counts_E: Tensor, w_EOI: Tensor) -> Tensor:
     if native.multiplies(x_RI, w_EOI):
         return native.expert_products(x_RI, counts_E, w_EOI)
     if torch.is_grad_enabled():
-        parts = zip(x_RI.split(counts_E.tolist()), w_EOI.unbind(), strict=True)
-        return torch.cat([F.linear(part, w_OI) for part, w_OI in parts])
+        return _by_expert_with_gradients(x_RI, counts_E, w_EOI)
     stop, out_RO = 0, x_RI.new_empty(x_RI.shape[0], w_EOI.shape[1])
     for count, w_OI in zip(counts_E.tolist(), w_EOI.unbind(), strict=True):
         start, stop = stop, stop + count
@@ -120,6 +119,19 @@ def _by_expert(x_RI: Tensor, counts_E: Tensor, w_EOI: Tensor) -> Tensor:
             begin = max(0, stop - rows)
             out_RO[start:stop] = F.linear(x_RI[begin:stop], w_OI)[start - begin :]
     return out_RO
+
+
+def _by_expert_with_gradients(x_RI: Tensor, counts_E: Tensor, w_EOI: Tensor) -> Tensor:
+    """The same where it is differentiated; on a CPU experts get rows of zeros along, for the same reason."""
+    if x_RI.device.type != "cpu":
+        parts = zip(x_RI.split(counts_E.tolist()), w_EOI.unbind(), strict=True)
+        return torch.cat([F.linear(part, w_OI) for part, w_OI in parts])
+    padded_E = -(-counts_E // _ROWS) * _ROWS
+    moved_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)
+    place_R = torch.arange(len(x_RI)) + moved_E.repeat_interleave(counts_E)
+    x_PI = x_RI.new_zeros(int(padded_E.sum()), x_RI.shape[1]).index_copy(0, place_R, x_RI)
+    parts = zip(x_PI.split(padded_E.tolist()), w_EOI.unbind(), strict=True)
+    return torch.cat([F.linear(part, w_OI) for part, w_OI in parts]).index_select(0, place_R)
 
 
 def _can_group(x_RI: Tensor, w_EOI: Tensor) -> bool:
