@@ -48,7 +48,7 @@ _CODE_RATE, _SCALE_RATE = 0.15, 0.004  # at the first step: of the way to a plac
 _BETAS = (0.9, 0.95)
 _MOST = 0.1  # of a step of the grid that a place moves at a time
 _SHAKE = 0.25  # of a step, or what bf16 resolves of the largest value; in these batches weights are off by so much
-_AT_ONCE = 1 << 16  # weights that are moved together
+_AT_ONCE = 1 << 16  # weights that are moved together on a CPU: they stay in its cache
 _LEAST = 0.1  # of the mean curvature: that of rows and columns is held there
 
 
@@ -419,9 +419,10 @@ class _Moving:
         return replace(q, codes=codes, scale=scale)
 
     def _cuts(self) -> list[slice]:
-        """Some rows at a time."""
+        """Some rows at a time; all of them on a GPU, where each call has its price."""
         out_features = self.log_EOG.shape[1]
-        size = max(1, _AT_ONCE * out_features // self.place_EOGS.numel())
+        at_once = _AT_ONCE if self.place_EOGS.device.type == "cpu" else self.place_EOGS.numel()
+        size = max(1, at_once * out_features // self.place_EOGS.numel())
         return [slice(start, min(start + size, out_features)) for start in range(0, out_features, size)]
 
     def _grouped(self, x_EOI: Tensor) -> Tensor:
