@@ -64,9 +64,9 @@ class GPTQConfig(Recipe):
                 object.__setattr__(self, setting.name, _member(type(default), value, setting.name))
             elif isinstance(default, bool):
                 _require(isinstance(value, bool), setting.name, value, "True or False")
-            elif isinstance(default, int) or default is None:
-                if value is None and default is None:
-                    continue
+            elif value is None and default is None:
+                pass
+            elif isinstance(default, int | None):
                 least = 1 if setting.name == "block_size" else 0
                 is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
                 _require(is_count, setting.name, value, f"an integer from {least} on")

@@ -140,8 +140,7 @@ def test_what_is_worked_on_together_changes_nothing(get):
 @pytest.mark.parametrize("num_samples", [1, 2, 9])
 def test_few_samples(get, num_samples):
     result, *_ = layer_of(get("llama").path, PLAN, TUNE, num_samples=num_samples)
-    held = {1: 1, 2: 1, 9: 1}[num_samples]
-    assert all(record.tokens == 32 * held for record in result.record.tuning)
+    assert all(record.tokens == 32 for record in result.record.tuning), "one sample judges"
 
 
 def objective_of(samples, num_samples=16, length=8, width=32, scheme=None):

@@ -369,15 +369,17 @@ class _Moving:
         Some rows at a time, so that what is between two steps stays in a CPU's cache.
         """
         assert weight.grad is not None
-        gradient_EOI, w_EOI = self.tunable.matrices(weight.grad), self.tunable.matrices(weight)
+        gradient_EOI = self.tunable.matrices(weight.grad)
+        w_EOI = self.tunable.matrices(weight) if self.has_free_scales else None
         row_EO1, column_E1I = (_inverse(factor) for factor in self.curvature.factors(_LEAST))
         fmt, scale_EOG1 = self.tunable.quantized.scheme.format, self._scale_EOG1
         column_E1GS = self._grouped(column_E1I)
         away_EOGS, log_slope_EOG = torch.empty_like(self.place_EOGS), torch.empty_like(self.log_EOG)
         for rows in self._cuts():
             slope_EOGS = self._grouped(gradient_EOI[:, rows])
-            # w = value * scale * exp(log), so its derivative is w itself
-            log_slope_EOG[:, rows] = (slope_EOGS * self._grouped(w_EOI[:, rows])).sum(-1)
+            if w_EOI is not None:
+                # w = value * scale * exp(log), so its derivative is w itself
+                log_slope_EOG[:, rows] = (slope_EOGS * self._grouped(w_EOI[:, rows])).sum(-1)
             away = torch.mul(slope_EOGS, row_EO1[:, rows, :, None] / scale_EOG1[:, rows], out=away_EOGS[:, rows])
             away.mul_(column_E1GS)
             off_EOGS = away / grid_steps(self._values(rows), fmt)
@@ -443,9 +445,9 @@ class _Moving:
         return None if zero is None else zero[..., None]
 
     def _values(self, rows: slice = slice(None)) -> Tensor:
-        zero = self.tunable.quantized.zero
+        zero_EOG1 = self._zero_EOG1
+        zero_EOG1 = None if zero_EOG1 is None else zero_EOG1[:, rows]
         one = torch.ones((), device=self.place_EOGS.device)
-        zero_EOG1 = None if zero is None else zero[:, rows, :, None]
         return quantize_values(self.place_EOGS[:, rows], one, zero_EOG1, self.tunable.quantized.scheme.format)
 
 
