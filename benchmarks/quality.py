@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -73,12 +74,25 @@ def measuring(args: argparse.Namespace, setup: Setup) -> list[str]:
     return ["--seqlen", str(setup.seqlen), *(word for text in texts for word in ("--text", text))]
 
 
+def plan_of(fmt: str, only: str) -> dict[str, Any]:
+    """The plan that gives a format, written as `--scheme` takes it, to modules of one pattern alone."""
+    kind, *rest = fmt.split(":")
+    group = {"group_size": int(rest[0].removeprefix("g"))} if rest else {}
+    found = {"pattern": only, "wq": kind, "symmetric": "asym" not in rest} | group
+    return {"default": {"wq": "bf16"}, "overrides": [found]}
+
+
 def ours(args: argparse.Namespace, model: Path, setup: Setup, fmt: str, folder: str) -> dict[str, Any]:
     command = [sys.executable, "-m", OURS]
+    plan = ["--scheme", fmt]
+    if args.only:
+        file = Path(folder, "plan.json")
+        file.write_text(json.dumps(plan_of(fmt, args.only)))
+        plan = ["--config", str(file)]
     calibration = ["--calib", str(args.shared / "data/wikitext2/train.txt"), "--nsamples", str(setup.nsamples)]
     options = ["--seqlen", str(setup.seqlen), "--seed", str(args.seed), "--effort", args.effort]
     options += [word for option in args.option for word in option.split()]
-    quantize = [*command, "quantize", str(model), "--scheme", fmt, *calibration, *options]
+    quantize = [*command, "quantize", str(model), *plan, *calibration, *options]
     report = json.loads(run([*quantize, "-o", f"{folder}/out", "--json"], args.threads))
     run([*command, "export", f"{folder}/out", "-o", f"{folder}/dense", "--format", "dense"], args.threads)
     measure = [sys.executable, str(PEERS / "measure.py"), str(model), f"{folder}/dense", "--files", f"{folder}/out"]
@@ -90,6 +104,7 @@ def ours(args: argparse.Namespace, model: Path, setup: Setup, fmt: str, folder: 
 def peer(args: argparse.Namespace, tool: str, model: Path, setup: Setup, fmt: str, folder: str) -> dict[str, Any]:
     calibration = ["--calib", str(args.shared / "data/wikitext2/train.txt"), "--nsamples", str(setup.nsamples)]
     command = [args.peers[tool], str(PEERS / SCRIPTS[tool][0]), str(model), "--out", f"{folder}/out", "--format", fmt]
+    command += ["--only", args.only] if args.only else []
     return result_of(
         run([*command, *calibration, "--seed", str(args.seed), *measuring(args, setup)], args.threads, folder)
     )
@@ -106,8 +121,8 @@ def version_of(args: argparse.Namespace, tool: str) -> str:
 def cell(args: argparse.Namespace, tool: str, name: str, fmt: str) -> dict[str, Any]:
     model, setup = args.models[name], SETUPS[name]
     key = {"tool": tool, "version": version_of(args, tool), "model": name, "format": fmt, "seed": args.seed}
-    key |= {"threads": args.threads}
-    cached = args.cache / ("_".join(str(value).replace(":", "-") for value in key.values()) + ".json")
+    key |= {"threads": args.threads} | ({"only": args.only} if args.only else {})
+    cached = args.cache / ("_".join(re.sub(r"[:*]", "-", str(value)) for value in key.values()) + ".json")
     if cached.exists():
         return dict(json.loads(cached.read_text()))
     with tempfile.TemporaryDirectory() as folder:
@@ -159,6 +174,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--effort", default="default", help="of ours")
     parser.add_argument("--option", action="append", default=[], help="more options of ours, each with its value")
+    parser.add_argument("--only", help="quantize the modules of this glob pattern alone: *.experts.3.*")
     parser.add_argument("--peers-only", action="store_true", help="leave ours out")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -28,6 +28,7 @@ def arguments(description):
     parser.add_argument("--calib", type=Path, required=True)
     parser.add_argument("--nsamples", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="*", help="glob pattern of the modules to quantize")
     _measuring(parser)
     return parser.parse_args()
 

@@ -1,5 +1,6 @@
 """GPTQModel on a checkpoint, with its defaults; run by `quality.py` in an environment that has it."""
 
+import fnmatch
 import time
 
 import measure
@@ -16,7 +17,8 @@ def main():
     tokenizer = measure.tokenizer_of(args.model)
     mask = torch.ones(1, args.seqlen, dtype=torch.long)
     rows = [{"input_ids": torch.tensor([row]), "attention_mask": mask} for row in measure.calibration(args, tokenizer)]
-    config = QuantizeConfig(bits=bits, group_size=group, sym=symmetric, desc_act=False)
+    skipped = None if args.only == "*" else {f"-:(?!{fnmatch.translate(args.only)})": {}}
+    config = QuantizeConfig(bits=bits, group_size=group, sym=symmetric, desc_act=False, dynamic=skipped)
     model = GPTQModel.load(str(args.model), config, device="cpu")
     begin = time.perf_counter()
     model.quantize(rows, batch_size=1)

@@ -1,5 +1,6 @@
 """llm-compressor's GPTQ on a checkpoint, with its defaults; run by `quality.py` in an environment that has it."""
 
+import fnmatch
 import time
 
 import measure
@@ -11,13 +12,13 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 IGNORED = ["lm_head", "re:.*mlp.gate$", "re:.*block_sparse_moe.gate$", "re:.*shared_expert_gate$"]
 
 
-def scheme_of(name):
+def scheme_of(name, targets):
     integer = measure.integer_format(name)
     if integer is None:
-        return preset_name_to_scheme({"mxfp4": "MXFP4A16", "nvfp4": "NVFP4A16"}[name], ["Linear"])
+        return preset_name_to_scheme({"mxfp4": "MXFP4A16", "nvfp4": "NVFP4A16"}[name], targets)
     bits, group, symmetric = integer
     weights = QuantizationArgs(num_bits=bits, type="int", symmetric=symmetric, strategy="group", group_size=group)
-    return QuantizationScheme(targets=["Linear"], weights=weights)
+    return QuantizationScheme(targets=targets, weights=weights)
 
 
 def main():
@@ -25,7 +26,8 @@ def main():
     tokenizer, model, original = measure.tokenizer_of(args.model), measure.load(args.model), measure.load(args.model)
     rows = measure.calibration(args, tokenizer)
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * args.seqlen] * len(rows)})
-    modifier = GPTQModifier(ignore=IGNORED, config_groups={"group_0": scheme_of(args.format)})
+    targets = ["Linear"] if args.only == "*" else ["re:" + fnmatch.translate(args.only)]
+    modifier = GPTQModifier(ignore=IGNORED, config_groups={"group_0": scheme_of(args.format, targets)})
     begin = time.perf_counter()
     oneshot(
         model=model, dataset=data, recipe=modifier, max_seq_length=args.seqlen, num_calibration_samples=args.nsamples
