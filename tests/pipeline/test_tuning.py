@@ -21,7 +21,7 @@ from alphaquant.pipeline.layer import LayerQuantizer, Limits
 from alphaquant.pipeline.pace import Pace
 from alphaquant.pipeline.tuning import Objective, Tunable, tune
 from alphaquant.report import write_report
-from alphaquant.solver import Effort, Method, Recipe, leanings
+from alphaquant.solver import Effort, Method, Recipe, leanings, places
 from alphaquant.verification import check_stored
 from models.families import MODELS, zoo
 from solver.oracle import default_schemes
@@ -110,8 +110,8 @@ def test_every_format_can_be_tuned(scheme):
 def test_what_gets_worse_is_not_kept(get, monkeypatch):
     fine = {"default": {"wq": "int6", "group_size": 32}}
     plain, before, *_ = layer_of(get("olmoe").path, fine, dataclasses.replace(TUNE, tune_steps=0))
-    monkeypatch.setattr(tuning, "_CODE_RATE", 3.0)
-    monkeypatch.setattr(tuning, "_SCALE_RATE", 1.0)
+    monkeypatch.setattr(places, "_CODE_RATE", 3.0)
+    monkeypatch.setattr(places, "_SCALE_RATE", 1.0)
     tuned, after, *_ = layer_of(get("olmoe").path, fine, TUNE)
     for record in tuned.record.tuning:
         assert not record.kept

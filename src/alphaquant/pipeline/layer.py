@@ -369,7 +369,7 @@ class LayerQuantizer:
                 objective = Objective(function, x_NLD, original_NLD, kept, f"layer {layer}, {where}", self.pace)
                 tunables = self._tunables(layer, weights, stacks, parts)
                 parts.clear()
-                record, tuned = tune(objective, weights, tunables, self.recipe.tuning, seed=layer)
+                record, tuned = tune(objective, weights, tunables, self.recipe.tuning, layer, self.recipe.backend)
                 result.quantized.update(tuned)
                 told = [asdict(record), objective.notes, {name: q.sha256() for name, q in tuned.items()}]
             else:

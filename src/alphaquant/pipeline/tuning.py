@@ -2,13 +2,11 @@
 
 What the quantized model's residual stream becomes by the half-layer is compared with what the original's has become,
 so that what one linear loses the others make up for, and what earlier layers lost, too. AutoRound (Cheng et al. 2023,
-arXiv 2309.05516) tunes rounding so, from the weights, by signs of gradients taken straight through the rounding. But
-such a gradient is that of the code, not of the place between two codes: it pushes until the code flips, then back, and
-all end near where they flip. Here a place moves toward where its weight would lie best if it alone were free, which a
-code's gradient says where the curvature is known: by gradient over curvature from the code. It rests where no code
-alone would be better elsewhere. GPTQ's codes, and where the Hessian has such places (`solver.leanings`), are the start.
+arXiv 2309.05516) tunes rounding so, from the weights, by signs of gradients taken straight through the rounding. Here
+codes move as `solver.places` says. GPTQ's codes, and how far beside them the Hessian would have their weights
+(`solver.leanings`), are the start.
 
-Shapes: N samples, L positions, D hidden; E experts, O out, I in, G groups, S a group's columns.
+Shapes: N samples, L positions, D hidden; E experts, O out, I in.
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alphaquant.formats import QuantizedTensor, ScaleKind, dequantize, encode, pool_rows, quantize_values, round_scale
+from alphaquant.formats import QuantizedTensor, dequantize
 from alphaquant.pipeline.pace import fits
 from alphaquant.pipeline.records import TuningRecord
-from alphaquant.solver import grid_steps
+from alphaquant.solver import Backend, Places
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,12 +42,6 @@ PROBES = 4
 """Batches that curvature is measured by, before the first step."""
 _HELD_OUT = 8  # the last of so many samples is not tuned on, but judges
 _LEANING = "leaning"
-_CODE_RATE, _SCALE_RATE = 0.15, 0.004  # at the first step: of the way to a place; of Adam, relative
-_BETAS = (0.9, 0.95)
-_MOST = 0.1  # of a step of the grid that a place moves at a time
-_SHAKE = 0.25  # of a step, or what bf16 resolves of the largest value; in these batches weights are off by so much
-_AT_ONCE = 1 << 16  # weights that are moved together on a CPU: they stay in its cache
-_LEAST = 0.1  # of the mean curvature: that of rows and columns is held there
 
 
 @dataclass(slots=True, eq=False)
@@ -99,9 +91,11 @@ class Tunable:
             parts: dict[str, Any] = {part: tensor[place].cpu() for part, tensor in _tensors(self.quantized)}
             yield name, replace(self.quantized, **parts)
 
-    def matrices(self, weight: Tensor) -> Tensor:
-        """Its own `[E, O, I]` of a tensor shaped as the layer's."""
-        return weight[None] if self.experts is None else weight[self.experts]
+    def gradient(self, weights: LayerWeights) -> Tensor:
+        """That of its matrices `[E, O, I]`."""
+        gradient = weights[self.key].grad
+        assert gradient is not None
+        return gradient[None] if self.experts is None else gradient[self.experts]
 
     def put(self, weights: LayerWeights, w_EOI: Tensor) -> None:
         """Replace them in the layer."""
@@ -210,14 +204,17 @@ class Objective:
 
 @torch.no_grad()
 def tune(
-    objective: Objective, weights: LayerWeights, tunables: Sequence[Tunable], steps: int, seed: int
+    objective: Objective,
+    weights: LayerWeights,
+    tunables: Sequence[Tunable],
+    steps: int,
+    seed: int,
+    backend: Backend = Backend.AUTO,
 ) -> tuple[TuningRecord, dict[str, QuantizedTensor]]:
     """Tune what of a half-layer is quantized; it stays as it was where the loss of held-out samples does not fall.
 
-    First the curvature of the loss is measured, that is the diagonal of its Hessian: the mean product of random signs
-    and the gradient at weights shaken by these signs (Hutchinson 1989; Bekas, Kokiopoulou and Saad 2007), which is
-    averaged over rows and over columns. Then each step moves every place a share of the way, the less the more batches
-    differ about it, and scales of 16 bits by Adam (Kingma and Ba 2015); both rates fall linearly to nothing.
+    First the curvature of the loss is measured by batches at shaken weights; then each step moves the codes and scales,
+    by rates that fall linearly to nothing.
 
     Args:
         objective: what to tune to.
@@ -225,6 +222,7 @@ def tune(
         tunables: its quantized linears.
         steps: how many.
         seed: draws the order of the samples.
+        backend: what moves them.
 
     Returns:
         What it did, and codes and scales by the modules' names.
@@ -232,10 +230,10 @@ def tune(
     divisor_NL = objective.divisors()
     fitted, held = objective.split()
     before = objective.mean(held, divisor_NL)
-    moving = [_Moving.of(tunable) for tunable in tunables]
-    _descend(objective, weights, moving, fitted, divisor_NL, steps, seed)
-    tuned = [one.ended() for one in moving]
-    del moving
+    places = [Places.of(tunable.quantized, tunable.leaning_EOI, backend) for tunable in tunables]
+    _descend(objective, weights, list(zip(tunables, places, strict=True)), fitted, divisor_NL, steps, seed)
+    tuned = [one.ended() for one in places]
+    del places
     for tunable, quantized in zip(tunables, tuned, strict=True):
         tunable.put(weights, dequantize(quantized))
     after = objective.mean(held, divisor_NL)
@@ -254,7 +252,7 @@ def tune(
 def _descend(
     objective: Objective,
     weights: LayerWeights,
-    moving: Sequence[_Moving],
+    moving: Sequence[tuple[Tunable, Places]],
     samples: Tensor,
     divisor_NL: Tensor,
     steps: int,
@@ -263,197 +261,19 @@ def _descend(
     """Measure the curvature, and move places and scales; gradients are taken at their codes."""
     generator = torch.Generator().manual_seed(seed)
     batches = _batches(samples, objective.size, PROBES + steps, seed)
-    with _differentiable([weights[one.tunable.key] for one in moving]) as own:
+    with _differentiable([weights[tunable.key] for tunable, _ in moving]) as own:
         for batch in islice(batches, PROBES):
-            for one in moving:
-                one.tunable.put(weights, one.shaken(generator))
+            for tunable, places in moving:
+                tunable.put(weights, places.shaken(generator))
             objective.descend(batch, divisor_NL, own)
-            for one in moving:
-                one.learn(weights[one.tunable.key])
+            for tunable, places in moving:
+                places.learn(tunable.gradient(weights))
         for step, batch in enumerate(batches):
-            falling = 1 - step / steps
-            for one in moving:
-                one.tunable.put(weights, one.weights())
+            for tunable, places in moving:
+                tunable.put(weights, places.weights())
             objective.descend(batch, divisor_NL, own)
-            for one in moving:
-                one.move(weights[one.tunable.key], falling)
-
-
-@dataclass(slots=True, eq=False)
-class _Factored:
-    """The mean over batches of something of every weight, taken as its row's times its column's.
-
-    Second moments are kept so by Adafactor (Shazeer and Stern 2018, arXiv 1804.04235).
-    """
-
-    row_EO1: Tensor
-    column_E1I: Tensor
-    batches: int = 0
-
-    @classmethod
-    def like(cls, x_EOI: Tensor) -> _Factored:
-        """Nothing yet."""
-        return cls(torch.zeros_like(x_EOI[..., :1]), torch.zeros_like(x_EOI[:, :1]))
-
-    def add(self, x_EOI: Tensor, rows: slice) -> None:
-        """Take some rows of a batch's; whoever does counts the batches."""
-        self.row_EO1[:, rows] += x_EOI.mean(-1, keepdim=True)
-        self.column_E1I += x_EOI.sum(-2, keepdim=True) / self.row_EO1.shape[1]
-
-    def factors(self, least: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Two that multiply to it, `[E, O, 1]` and `[E, 1, I]`, held at a share of its mean; zeros if that is none."""
-        mean_E11 = self.row_EO1.mean(-2, keepdim=True)
-        row_EO1, column_E1I = (x.maximum(least * mean_E11) for x in (self.row_EO1, self.column_E1I))
-        column_E1I = column_E1I / (mean_E11 * self.batches)
-        return torch.where(mean_E11 > 0, row_EO1, 0.0), torch.where(mean_E11 > 0, column_E1I, 0.0)
-
-
-@dataclass(slots=True, eq=False)
-class _Moving:
-    """A tunable under way.
-
-    Attributes:
-        tunable: as it was.
-        place_EOGS: where its weights lie on the grid; codes are the nearest values.
-        log_EOG: logarithms of what scales are multiplied by.
-        moment_EOG: mean of their gradients, weighted by how late they are.
-        square_EOG: of these gradients' squares.
-        curvature: of the loss by each weight.
-        noise: squares of how many steps of the grid a batch says that a weight should be off its code.
-        sign_EOGS: those that weights are shaken by.
-    """
-
-    tunable: Tunable
-    place_EOGS: Tensor
-    log_EOG: Tensor
-    moment_EOG: Tensor
-    square_EOG: Tensor
-    curvature: _Factored
-    noise: _Factored
-    sign_EOGS: Tensor
-
-    @classmethod
-    def of(cls, tunable: Tunable) -> _Moving:
-        q = tunable.quantized
-        place_EOI = dequantize(replace(q, scale=torch.ones_like(q.scale), global_scale=None)) + tunable.leaning_EOI
-        place_EOGS = place_EOI.unflatten(-1, (q.scale.shape[-1], -1))
-        curvature, noise = (_Factored.like(place_EOI) for _ in range(2))
-        log_EOG, moment_EOG, square_EOG = (torch.zeros_like(q.scale) for _ in range(3))
-        signs = q.codes.new_empty(0)
-        return cls(tunable, place_EOGS, log_EOG, moment_EOG, square_EOG, curvature, noise, signs)
-
-    @property
-    def has_free_scales(self) -> bool:
-        """Whether scales can take nearly any value."""
-        return self.tunable.quantized.scheme.format.scale is ScaleKind.MODEL
-
-    def shaken(self, generator: torch.Generator) -> Tensor:
-        """The weights, each off by a little up or down at random."""
-        bits = torch.randint(0, 2, self.place_EOGS.shape, generator=generator, dtype=torch.int8)
-        self.sign_EOGS = bits.mul_(2).sub_(1).to(self.place_EOGS.device)
-        return self.weights().add_((self._shake_EOG1 * self.sign_EOGS).flatten(-2))
-
-    def learn(self, weight: Tensor) -> None:
-        """Take what the gradient at shaken weights says of the curvature."""
-        assert weight.grad is not None
-        gradient_EOI, shake_EOG1 = self.tunable.matrices(weight.grad), self._shake_EOG1
-        for rows in self._cuts():
-            found_EOGS = self._grouped(gradient_EOI[:, rows]) * self.sign_EOGS[:, rows] / shake_EOG1[:, rows]
-            self.curvature.add(found_EOGS.flatten(-2), rows)
-        self.curvature.batches += 1
-        self.sign_EOGS = self.sign_EOGS.new_empty(0)
-
-    def move(self, weight: Tensor, falling: float) -> None:
-        """Move each place some of the way to where it should be, and scales; `falling` from one to nothing.
-
-        Some rows at a time, so that what is between two steps stays in a CPU's cache.
-        """
-        assert weight.grad is not None
-        gradient_EOI = self.tunable.matrices(weight.grad)
-        w_EOI = self.tunable.matrices(weight) if self.has_free_scales else None
-        row_EO1, column_E1I = (_inverse(factor) for factor in self.curvature.factors(_LEAST))
-        fmt, scale_EOG1 = self.tunable.quantized.scheme.format, self._scale_EOG1
-        column_E1GS = self._grouped(column_E1I)
-        away_EOGS, log_slope_EOG = torch.empty_like(self.place_EOGS), torch.empty_like(self.log_EOG)
-        for rows in self._cuts():
-            slope_EOGS = self._grouped(gradient_EOI[:, rows])
-            if w_EOI is not None:
-                # w = value * scale * exp(log), so its derivative is w itself
-                log_slope_EOG[:, rows] = (slope_EOGS * self._grouped(w_EOI[:, rows])).sum(-1)
-            away = torch.mul(slope_EOGS, row_EO1[:, rows, :, None] / scale_EOG1[:, rows], out=away_EOGS[:, rows])
-            away.mul_(column_E1GS)
-            off_EOGS = away / grid_steps(self._values(rows), fmt)
-            self.noise.add(off_EOGS.square_().flatten(-2), rows)
-        self.noise.batches += 1
-        row_EO1, column_E1I = self.noise.factors()
-        column_E1GS = self._grouped(column_E1I)
-        for rows in self._cuts():
-            value_EOGS = self._values(rows)
-            most_EOGS = grid_steps(value_EOGS, fmt).mul_(_MOST)
-            rate_EOGS = (row_EO1[:, rows, :, None] * column_E1GS).add_(1).reciprocal_().mul_(_CODE_RATE * falling)
-            place_EOGS = self.place_EOGS[:, rows]
-            way_EOGS = value_EOGS.sub_(away_EOGS[:, rows]).sub_(place_EOGS).mul_(rate_EOGS)
-            place_EOGS += torch.minimum(torch.maximum(way_EOGS, -most_EOGS), most_EOGS)
-        if self.has_free_scales:
-            self._scale_by(pool_rows(log_slope_EOG, self.tunable.quantized.scheme), _SCALE_RATE * falling)
-
-    def _scale_by(self, slope_EOG: Tensor, rate: float) -> None:
-        """A step of Adam."""
-        first, second = _BETAS
-        batches = self.noise.batches
-        self.moment_EOG.lerp_(slope_EOG, 1 - first)
-        self.square_EOG.lerp_(slope_EOG.square(), 1 - second)
-        mean_EOG, size_EOG = self.moment_EOG / (1 - first**batches), (self.square_EOG / (1 - second**batches)).sqrt_()
-        self.log_EOG -= rate * mean_EOG.div_(size_EOG.clamp_min_(torch.finfo(torch.float32).tiny))
-
-    def weights(self) -> Tensor:
-        """What these places and scales stand for, `[E, O, I]`."""
-        scale_EOG1, w_EOGS = self._scale_EOG1, torch.empty_like(self.place_EOGS)
-        for rows in self._cuts():
-            torch.mul(self._values(rows), scale_EOG1[:, rows], out=w_EOGS[:, rows])
-        return w_EOGS.flatten(-2)
-
-    def ended(self) -> QuantizedTensor:
-        """The codes of these places, and the scales as they are stored."""
-        q = self.tunable.quantized
-        codes = encode(self._values(), q.scheme.format, self._zero_EOG1).flatten(-2)
-        scale = round_scale(q.scale * self.log_EOG.exp(), q.scheme) if self.has_free_scales else q.scale
-        return replace(q, codes=codes, scale=scale)
-
-    def _cuts(self) -> list[slice]:
-        """Some rows at a time; all of them on a GPU, where each call has its price."""
-        out_features = self.log_EOG.shape[1]
-        at_once = _AT_ONCE if self.place_EOGS.device.type == "cpu" else self.place_EOGS.numel()
-        size = max(1, at_once * out_features // self.place_EOGS.numel())
-        return [slice(start, min(start + size, out_features)) for start in range(0, out_features, size)]
-
-    def _grouped(self, x_EOI: Tensor) -> Tensor:
-        grouped: Tensor = x_EOI.float().unflatten(-1, (self.log_EOG.shape[-1], -1))
-        return grouped
-
-    @property
-    def _scale_EOG1(self) -> Tensor:
-        return (self.tunable.quantized.effective_scale() * self.log_EOG.exp())[..., None]
-
-    @property
-    def _shake_EOG1(self) -> Tensor:
-        return self._scale_EOG1 * max(_SHAKE, self.tunable.quantized.scheme.format.max_value / 64)
-
-    @property
-    def _zero_EOG1(self) -> Tensor | None:
-        zero = self.tunable.quantized.zero
-        return None if zero is None else zero[..., None]
-
-    def _values(self, rows: slice = slice(None)) -> Tensor:
-        zero_EOG1 = self._zero_EOG1
-        zero_EOG1 = None if zero_EOG1 is None else zero_EOG1[:, rows]
-        one = torch.ones((), device=self.place_EOGS.device)
-        return quantize_values(self.place_EOGS[:, rows], one, zero_EOG1, self.tunable.quantized.scheme.format)
-
-
-def _inverse(x: Tensor) -> Tensor:
-    """One over each; zero where it is none."""
-    return torch.where(x > 0, 1 / x, 0.0)
+            for tunable, places in moving:
+                places.move(tunable.gradient(weights), 1 - step / steps)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from alphaquant.solver.method import (
     quantize_stack,
     trusted,
 )
+from alphaquant.solver.places import Places
 from alphaquant.solver.refine import grid_steps, leanings, refine, refit_scales
 from alphaquant.solver.rtn import hessian_loss, round_to_nearest
 from alphaquant.solver.scales import Scales, absmax_scales, search_scales
@@ -32,6 +33,7 @@ __all__ = [
     "HessianSum",
     "Method",
     "Outcome",
+    "Places",
     "Recipe",
     "Scales",
     "Solution",

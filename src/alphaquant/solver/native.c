@@ -225,6 +225,125 @@ void rounding_errors(const float *w, const float *step, const float *zero, const
     BY_KIND(measure, w, step, zero, importance, error, groups_a_row, size, first, last, *grid)
 }
 
+/* Places between grid values (places.py): matrices [E, O, I], their rows one after the other, scales [E, O, G]. A part
+   is so many rows of one matrix. */
+#define BAND 64
+
+typedef struct {
+    int64_t expert, begin, end; /* rows of all matrices */
+} Band;
+
+static inline Band band_of(int64_t index, int64_t rows) {
+    int64_t bands = (rows + BAND - 1) / BAND, expert = index / bands, begin = index % bands * BAND;
+    return (Band){expert, expert * rows + begin, expert * rows + (rows - begin < BAND ? rows : begin + BAND)};
+}
+
+/* One over the distance from a grid value to the next one away from zero: a power of two. */
+static inline float steps_a_unit(float value, int is_float, Grid grid) {
+    if (!is_float) return 1;
+    int32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits &= 0x7F800000;
+    float binade;
+    memcpy(&binade, &bits, sizeof bits);
+    binade = binade < grid.least_binade ? grid.least_binade : binade;
+    return WHOLE / (binade * grid.steps);
+}
+
+EACH_KIND weigh(const float *restrict place, const float *restrict scale, const float *restrict zero,
+                const float *restrict gradient, const float *restrict row_inverse, const float *restrict column_inverse,
+                float *restrict row_squares, float *restrict column_squares, float *restrict slope, int64_t rows,
+                int64_t columns, int64_t groups, int64_t first, int64_t last, Grid grid, int is_float, int has_zero) {
+    int64_t size = columns / groups;
+    for (int64_t index = first; index < last; index++) {
+        Band band = band_of(index, rows);
+        memset(column_squares + index * columns, 0, columns * sizeof(float));
+        for (int64_t row = band.begin; row < band.end; row++) {
+            float of_row[LANES] = {0};
+            for (int64_t g = 0; g < groups; g++) {
+                int64_t group = row * groups + g, at = group * size;
+                float z = has_zero ? zero[group] : 0, reach = row_inverse[row] / scale[group], along[LANES] = {0};
+                const float *by = column_inverse + band.expert * columns + g * size;
+                float *squares = column_squares + index * columns + g * size;
+                for (int64_t i = 0; i < size; i += LANES) {
+                    int64_t count = size - i < LANES ? size - i : LANES;
+                    for (int64_t k = 0; k < count; k++) {
+                        float v = grid_value(place[at + i + k], z, is_float, has_zero, grid), by_code = gradient[at + i + k];
+                        float off = by_code * reach * by[i + k] * steps_a_unit(v, is_float, grid);
+                        along[k] += by_code * v;
+                        of_row[k] += off * off;
+                        squares[i + k] += off * off;
+                    }
+                }
+                float sum = 0;
+                for (int k = 0; k < LANES; k++) sum += along[k];
+                slope[group] = sum * scale[group];
+            }
+            float sum = 0;
+            for (int k = 0; k < LANES; k++) sum += of_row[k];
+            row_squares[row] = sum;
+        }
+    }
+}
+
+/* Sums of squares of how far weights should be off their codes, [E, O] and [parts, I], and slopes of scales. */
+void weigh_places(const float *place, const float *scale, const float *zero, const float *gradient,
+                  const float *row_inverse, const float *column_inverse, float *row_squares, float *column_squares,
+                  float *slope, int64_t rows, int64_t columns, int64_t groups, const Grid *grid, int64_t first,
+                  int64_t last) {
+    BY_KIND(weigh, place, scale, zero, gradient, row_inverse, column_inverse, row_squares, column_squares, slope, rows,
+            columns, groups, first, last, *grid)
+}
+
+EACH_KIND draw(float *restrict place, const float *restrict scale, const float *restrict zero,
+               const float *restrict gradient, const float *restrict row_inverse, const float *restrict column_inverse,
+               const float *restrict row_noise, const float *restrict column_noise, int64_t rows, int64_t columns,
+               int64_t groups, float rate, float most, int64_t first, int64_t last, Grid grid, int is_float,
+               int has_zero) {
+    int64_t size = columns / groups;
+    for (int64_t index = first; index < last; index++) {
+        Band band = band_of(index, rows);
+        for (int64_t row = band.begin; row < band.end; row++)
+            for (int64_t g = 0; g < groups; g++) {
+                int64_t group = row * groups + g, at = group * size, column = band.expert * columns + g * size;
+                float z = has_zero ? zero[group] : 0, reach = row_inverse[row] / scale[group], noise = row_noise[row];
+                for (int64_t i = 0; i < size; i++) {
+                    float p = place[at + i], v = grid_value(p, z, is_float, has_zero, grid);
+                    float limit = most / steps_a_unit(v, is_float, grid);
+                    float away = gradient[at + i] * reach * column_inverse[column + i];
+                    float way = (v - away - p) * (1 / (1 + noise * column_noise[column + i]) * rate);
+                    place[at + i] = p + clamp(way, -limit, limit);
+                }
+            }
+    }
+}
+
+/* Moves places toward where their weights should be, the less the noisier, by `most` steps of the grid at most. */
+void draw_places(float *place, const float *scale, const float *zero, const float *gradient, const float *row_inverse,
+                 const float *column_inverse, const float *row_noise, const float *column_noise, int64_t rows,
+                 int64_t columns, int64_t groups, const Grid *grid, float rate, float most, int64_t first, int64_t last) {
+    BY_KIND(draw, place, scale, zero, gradient, row_inverse, column_inverse, row_noise, column_noise, rows, columns,
+            groups, rate, most, first, last, *grid)
+}
+
+EACH_KIND stand_for(const float *restrict place, const float *restrict scale, const float *restrict zero,
+                    float *restrict w, int64_t rows, int64_t columns, int64_t groups, int64_t first, int64_t last,
+                    Grid grid, int is_float, int has_zero) {
+    int64_t size = columns / groups;
+    for (int64_t index = first; index < last; index++) {
+        Band band = band_of(index, rows);
+        for (int64_t group = band.begin * groups; group < band.end * groups; group++)
+            for (int64_t i = group * size; i < (group + 1) * size; i++)
+                w[i] = grid_value(place[i], has_zero ? zero[group] : 0, is_float, has_zero, grid) * scale[group];
+    }
+}
+
+/* The weights that places stand for. */
+void weights_of_places(const float *place, const float *scale, const float *zero, float *w, int64_t rows,
+                       int64_t columns, int64_t groups, const Grid *grid, int64_t first, int64_t last) {
+    BY_KIND(stand_for, place, scale, zero, w, rows, columns, groups, first, last, *grid)
+}
+
 #ifdef HAS_TILES
 
 /* Products of fp32 matrices in tiles of bf16: each number as the sum of two, high·high + high·low + low·high summed in

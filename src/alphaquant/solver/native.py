@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from alphaquant.formats import Format
     from alphaquant.solver.factor import Factor
     from alphaquant.solver.gptq import Columns
+    from alphaquant.solver.places import Factors, Ground
     from alphaquant.solver.scales import Scales
 
 __all__ = [
     "Rest",
     "add_grams",
     "descend_block",
+    "draw_places",
     "has_tiles",
     "is_available",
     "packed",
@@ -42,13 +44,16 @@ __all__ = [
     "sums",
     "walk",
     "walk_block",
+    "weigh_places",
+    "weights_of_places",
 ]
 
 _SOURCE = Path(__file__).with_name("native.c")
 _ROWS, _COLUMNS = 64, 128  # of a tile, as in native.c
 _TILE_ROWS, STEP, _PANEL = 128, 32, 16  # of what works in tiles of bf16, as there
+_BAND = 64  # rows of a part where places move, as there
 _ITEM = 4  # bytes of all numbers
-_WALK, _ROUNDING = 4, 1  # nanoseconds a weight
+_WALK, _ROUNDING, _PLACE = 4, 1, 1  # nanoseconds a weight
 _PACK = 0.5  # nanoseconds that a number takes to be packed
 _PACKED = 1 << 23  # bytes of rows that are packed together
 _PRODUCT = 128  # terms of a product in tiles a nanosecond
@@ -269,6 +274,38 @@ def rounding_errors(
     return error_OG
 
 
+def weigh_places(ground: Ground, gradient_EOI: Tensor, inverse: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """What a batch says of places: sums of squares `[E, O]` and `[E, I]`, slopes of scales; see `places`."""
+    num_experts, num_rows, num_columns = gradient_EOI.shape
+    row_EO, slope_EOG = gradient_EOI.new_empty(num_experts, num_rows), torch.empty_like(ground.scale_EOG)
+    part_EPI = gradient_EOI.new_empty(num_experts, -(-num_rows // _BAND), num_columns)
+    _over_bands("weigh_places", ground, (gradient_EOI, *inverse, row_EO, part_EPI, slope_EOG))
+    return row_EO, part_EPI.sum(1), slope_EOG
+
+
+def draw_places(
+    ground: Ground, gradient_EOI: Tensor, inverse: Factors, noise: Factors, rate: float, most: float
+) -> None:
+    """Move places; see `places`."""
+    _over_bands("draw_places", ground, (gradient_EOI, *inverse, *noise), rate, most)
+
+
+def weights_of_places(ground: Ground) -> Tensor:
+    """The weights `[E, O, I]` that places stand for."""
+    w_EOI = torch.empty_like(ground.place_EOI)
+    _over_bands("weights_of_places", ground, (w_EOI,))
+    return w_EOI
+
+
+def _over_bands(name: str, ground: Ground, tensors: Sequence[Tensor], *numbers: float) -> None:
+    num_experts, num_rows, num_columns = ground.place_EOI.shape
+    sizes = (num_rows, num_columns, ground.scale_EOG.shape[-1])
+    all_tensors = (ground.place_EOI, ground.scale_EOG, ground.zero_EOG, *tensors)
+    grid = Grid.of(ground.fmt, has_zero=ground.zero_EOG is not None)
+    total = num_experts * -(-num_rows // _BAND)
+    _run(name, all_tensors, sizes, total, _BAND * num_columns * _PLACE, grid, *numbers)
+
+
 def sums(x_RI: Tensor) -> bool:
     """Whether `add_grams` takes such rows."""
     return x_RI.dtype is torch.bfloat16 and x_RI.shape[1] % STEP == 0 and has_tiles()
@@ -330,9 +367,15 @@ def _over_high_tiles(
 
 
 def _run(
-    name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], total: int, cost: int, grid: Grid | None
+    name: str,
+    tensors: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    total: int,
+    cost: int,
+    grid: Grid | None,
+    *numbers: float,
 ) -> None:
     """Call a function of the library for `total` parts of its work, each of about `cost` nanoseconds."""
     assert all(x is None or x.element_size() == _ITEM for x in tensors)
     kind = [] if grid is None else [ctypes.byref(_Grid(*grid))]
-    run_parts(_SOURCE, name, tensors, [*map(ctypes.c_int64, sizes), *kind], total, cost)
+    run_parts(_SOURCE, name, tensors, [*map(ctypes.c_int64, sizes), *kind, *map(ctypes.c_float, numbers)], total, cost)
