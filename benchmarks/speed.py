@@ -8,7 +8,8 @@ takes on `--whole-tokens` is the measured rates times its work. Ceilings (produc
 Work is counted by formula: forward 2 a weight and token that reads it, Hessian I² a row, factor I³/3, walk O·I²;
 `more` is what the default effort does beyond one search and one walk: two walks of O·I², a refit of 3·O·I², two
 sweeps of refinement, which with the gradient that they start from take 5·O·I², and the row's energy, 2·O·I².
-Prints JSON.
+A step of tuning, beside its passes, reads places three times, writes them once, and weights and gradients go from fp32
+to bf16 and back; it is no part of the layer's time. Prints JSON.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from alphaquant.numerics import keep_freed_memory
 from alphaquant.solver import (
     WORKSPACE_WEIGHTS,
     HessianSum,
+    Places,
     Recipe,
     experts_a_part,
     factorize,
@@ -66,6 +68,7 @@ SHAPES = {
     "deepseek-v3": Shape(256, 8, 7168, 2048, 187_107_328, (7168, 16384)),
 }
 MEASURED_EXPERTS = {"olmoe": 4, "qwen": 4, "mixtral": 1, "deepseek-v3": 4}
+STEP_BYTES = 16 + 10 + 14  # places; weights written, read and rounded; gradients widened, then read twice
 SOLVER = ("factor", "scales", "walk", "more")
 REPEATS = 3
 
@@ -233,6 +236,19 @@ def measured(name: str, shape: Shape, args: argparse.Namespace, device: torch.de
     took = seconds(lambda: LAYOUTS[args.layout].tensors("m", one), torch.device("cpu"))
     note("pack", took, one.codes.numel(), "copy", layer_weights)
 
+    # --- a step of tuning, without its forward and backward pass; by default there are none
+    places, w = Places.of(codes, torch.zeros(codes.codes.shape, device=device)), weights["down"][: len(codes.codes)]
+
+    def step() -> None:
+        w.copy_(places.weights())
+        places.move(w, 1.0)  # as the gradient, which is of the weights' type
+
+    took = seconds(step, device)
+    tuning = {
+        "nanoseconds_a_weight": took / w.numel() * 1e9,
+        "of_a_copy": STEP_BYTES * w.numel() / took / limits["copy"],
+    }
+
     total = sum(p.whole_seconds for p in phases)
     by_name = {p.phase: p.whole_seconds for p in phases}
     share = sum(by_name[p] for p in SOLVER) / total
@@ -242,6 +258,7 @@ def measured(name: str, shape: Shape, args: argparse.Namespace, device: torch.de
         "ceilings": limits,
         "phases": [asdict(p) for p in phases],
         "nanoseconds_a_weight": {phase: by_name[phase] * 1e9 / layer_weights for phase in SOLVER},
+        "step_of_tuning": tuning,
         "whole_layer": {"tokens": whole, "seconds": total, "solver_share": share},
     }
 

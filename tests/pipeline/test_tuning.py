@@ -15,7 +15,7 @@ from alphaquant.formats import FORMATS, ScaleKind, Scheme, dequantize, pool_rows
 from alphaquant.formats.codec import quantize_with
 from alphaquant.gptq import GPTQConfig, gptq_quantize_model
 from alphaquant.models import read_layer
-from alphaquant.pipeline import check_shards, prepare, tuning
+from alphaquant.pipeline import check_shards, prepare
 from alphaquant.pipeline import layer as layer_module
 from alphaquant.pipeline.layer import LayerQuantizer, Limits
 from alphaquant.pipeline.pace import Pace

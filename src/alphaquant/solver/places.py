@@ -137,7 +137,8 @@ class Places:
     def of(cls, quantized: QuantizedTensor, leaning_EOI: Tensor, backend: Backend = Backend.AUTO) -> Places:
         """Where codes lie, and how far beside them their weights would lie best (`leanings`)."""
         q = quantized
-        place_EOI = dequantize(replace(q, scale=torch.ones_like(q.scale), global_scale=None)) + leaning_EOI
+        one = replace(q, scale=torch.ones_like(q.scale), global_scale=None)
+        place_EOI = (dequantize(one) + leaning_EOI).contiguous()
         curvature, noise = (_Mean.like(place_EOI) for _ in range(2))
         log_EOG, moment_EOG, square_EOG = (torch.zeros_like(q.scale) for _ in range(3))
         signs = q.codes.new_empty(0)
@@ -209,8 +210,9 @@ class Places:
     @property
     def _ground(self) -> Ground:
         q = self.quantized
-        scale_EOG, zero = q.effective_scale() * self.log_EOG.exp(), q.zero
-        return Ground(self.place_EOI, scale_EOG, None if zero is None else zero.float(), q.scheme.format)
+        scale_EOG = (q.effective_scale() * self.log_EOG.exp()).contiguous()
+        zero_EOG = None if q.zero is None else q.zero.float().contiguous()
+        return Ground(self.place_EOI, scale_EOG, zero_EOG, q.scheme.format)
 
     @property
     def _shake_EOG(self) -> Tensor:
