@@ -161,19 +161,18 @@ def test_memory_that_runs_out_is_noted_and_nothing_is_lost(monkeypatch):
     """Gradients of pieces are those of the whole, from the first piece again."""
     objective, weights, tunable = objective_of(torch.arange(16))
     own = weights["w"].requires_grad_()
-    divisor_NL = objective.divisors()
-    objective.descend(torch.arange(16), divisor_NL, [own])
+    objective.descend(torch.arange(16), [own])
     whole = own.grad
     loss, sizes = Objective.loss, []
 
-    def narrow(self, some, divisor_NL):
+    def narrow(self, some):
         sizes.append(len(some))
         if len(some) > 4 or len(sizes) == 4:  # it runs out in the second piece of four, too
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return loss(self, some, divisor_NL)
+        return loss(self, some)
 
     monkeypatch.setattr(Objective, "loss", narrow)
-    objective.descend(torch.arange(16), divisor_NL, [own])
+    objective.descend(torch.arange(16), [own])
     assert sizes == [16, 8, 4, 4, *[2] * 8]
     assert torch.allclose(own.grad, whole, rtol=1e-4)
     assert len(objective.notes) == 3
@@ -190,7 +189,7 @@ def test_samples_that_are_left_out_do_not_bear_on_it():
         objective, weights, tunable = objective_of(kept)
         objective.x_NLD[[3, 10]] += fault
         objective.target_NLD[[3, 10]] += fault
-        record, tuned = tune(objective, weights, [tunable], 8, seed=0)
+        record, tuned = tune(dataclasses.replace(objective), weights, [tunable], 8, seed=0)
         assert record.kept
         found.append((record, tuned["m"].sha256()))
     assert found[0] == found[1]
@@ -213,7 +212,7 @@ def test_massive_tokens_do_not_decide():
     square_NL = objective.target_NLD.square().sum(-1)
     objective.target_NLD[0, 0] *= 1000
     objective.target_NLD[1, 1] *= 0.001
-    divisor_NL = objective.divisors()
+    divisor_NL = dataclasses.replace(objective).divisor_NL
     assert divisor_NL[0, 0] == pytest.approx(1e6 * float(square_NL[0, 0]))
     assert divisor_NL[1, 1] == divisor_NL.min() == pytest.approx(float(square_NL.median()), rel=0.05)
 

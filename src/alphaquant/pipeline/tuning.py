@@ -119,7 +119,7 @@ def _tensors(q: QuantizedTensor) -> list[tuple[str, Tensor]]:
     return [(part, tensor) for part, tensor in parts.items() if tensor is not None]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Objective:
     """What a half-layer is tuned to: the original's stream behind it.
 
@@ -135,6 +135,7 @@ class Objective:
         where: the half-layer's name.
         pace: how many of them go at a time.
         notes: of memory that ran out.
+        divisor_NL: what each token's squared error is divided by.
     """
 
     half: Callable[[Tensor], Tensor]
@@ -144,6 +145,14 @@ class Objective:
     where: str
     pace: Pace
     notes: list[str] = field(default_factory=list)
+    divisor_NL: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        square_NL = torch.full(self.target_NLD.shape[:2], torch.nan)
+        for some in self.samples.split(self.size):
+            square_NL[some] = self.target_NLD[some].float().square().sum(-1).cpu()
+        least = square_NL[self.samples].median().clamp_min(torch.finfo(torch.float32).tiny)
+        self.divisor_NL = square_NL.clamp_min(least)
 
     @property
     def size(self) -> int:
@@ -156,32 +165,25 @@ class Objective:
         is_held = torch.arange(len(self.samples)) % period == period - 1
         return self.samples if period == 1 else self.samples[~is_held], self.samples[is_held]
 
-    def divisors(self) -> Tensor:
-        """What each token's squared error is divided by, `[N, L]`."""
-        square_NL = torch.full(self.target_NLD.shape[:2], torch.nan)
-        for some in self.samples.split(self.size):
-            square_NL[some] = self.target_NLD[some].float().square().sum(-1).cpu()
-        return square_NL.clamp_min(square_NL[self.samples].median().clamp_min(torch.finfo(torch.float32).tiny))
-
-    def loss(self, some: Tensor, divisor_NL: Tensor) -> Tensor:
+    def loss(self, some: Tensor) -> Tensor:
         """The mean over the tokens of some samples."""
         short_BLD = self.half(self.x_NLD[some]).float() - self.target_NLD[some].float()
-        return (short_BLD.square().sum(-1) / divisor_NL[some].to(short_BLD.device)).mean()
+        return (short_BLD.square().sum(-1) / self.divisor_NL[some].to(short_BLD.device)).mean()
 
-    def mean(self, samples: Tensor, divisor_NL: Tensor) -> float:
+    def mean(self, samples: Tensor) -> float:
         """The loss a token."""
         total = 0.0
         for batch in samples.split(self.size):
             found: list[float] = []
 
             def add(some: Tensor, found: list[float] = found) -> None:
-                found.append(len(some) * float(self.loss(some, divisor_NL)))
+                found.append(len(some) * float(self.loss(some)))
 
             self._in_pieces(batch, add, found.clear)
             total += math.fsum(found)
         return total / len(samples)
 
-    def descend(self, batch: Tensor, divisor_NL: Tensor, weights: Sequence[Tensor]) -> None:
+    def descend(self, batch: Tensor, weights: Sequence[Tensor]) -> None:
         """Give the weights the gradient of a batch's mean loss."""
 
         def forget() -> None:
@@ -190,7 +192,7 @@ class Objective:
 
         @torch.enable_grad()
         def backward(some: Tensor) -> None:
-            (self.loss(some, divisor_NL) * (len(some) / len(batch))).backward()
+            (self.loss(some) * (len(some) / len(batch))).backward()
 
         forget()
         self._in_pieces(batch, backward, forget)
@@ -227,16 +229,15 @@ def tune(
     Returns:
         What it did, and codes and scales by the modules' names.
     """
-    divisor_NL = objective.divisors()
     fitted, held = objective.split()
-    before = objective.mean(held, divisor_NL)
+    before = objective.mean(held)
     places = [Places.of(tunable.quantized, tunable.leaning_EOI, backend) for tunable in tunables]
-    _descend(objective, weights, list(zip(tunables, places, strict=True)), fitted, divisor_NL, steps, seed)
+    _descend(objective, weights, list(zip(tunables, places, strict=True)), fitted, steps, seed)
     tuned = [one.ended() for one in places]
     del places
     for tunable, quantized in zip(tunables, tuned, strict=True):
         tunable.put(weights, dequantize(quantized))
-    after = objective.mean(held, divisor_NL)
+    after = objective.mean(held)
     kept = after < before
     num_moved = sum(int((t.quantized.codes != q.codes).sum()) for t, q in zip(tunables, tuned, strict=True))
     moved = num_moved / sum(tunable.quantized.codes.numel() for tunable in tunables)
@@ -254,7 +255,6 @@ def _descend(
     weights: LayerWeights,
     moving: Sequence[tuple[Tunable, Places]],
     samples: Tensor,
-    divisor_NL: Tensor,
     steps: int,
     seed: int,
 ) -> None:
@@ -265,13 +265,13 @@ def _descend(
         for batch in islice(batches, PROBES):
             for tunable, places in moving:
                 tunable.put(weights, places.shaken(generator))
-            objective.descend(batch, divisor_NL, own)
+            objective.descend(batch, own)
             for tunable, places in moving:
                 places.learn(tunable.gradient(weights))
         for step, batch in enumerate(batches):
             for tunable, places in moving:
                 tunable.put(weights, places.weights())
-            objective.descend(batch, divisor_NL, own)
+            objective.descend(batch, own)
             for tunable, places in moving:
                 places.move(tunable.gradient(weights), 1 - step / steps)
 
