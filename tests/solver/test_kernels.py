@@ -133,7 +133,8 @@ def test_rounding_errors(scheme: Scheme, weighted: bool) -> None:  # noqa: FBT00
     group = scheme.group_size
     w = oracle.weights(1, 70, 3 * group)[0].unflatten(-1, (3, group))
     start = absmax_scales(w.flatten(1)[None], scheme)
-    step, zero = 0.7 * start.effective()[0], None if start.zero is None else start.zero[0].float()
+    step = start.effective() * torch.tensor([0.7, 1.0, 0.4])[:, None, None]
+    zero = None if start.zero is None else start.zero.float() + torch.tensor([0, 1, -1])[:, None, None]
     importance = torch.rand(3, group, generator=torch.Generator().manual_seed(1)) if weighted else None
     truth = scales._rounding_errors(w, step, zero, importance, scheme.format)
     assert (truth > 0).all()
@@ -146,7 +147,7 @@ def test_threads_change_no_bit(threads: int, monkeypatch: pytest.MonkeyPatch) ->
     scheme = oracle.all_schemes(16)[0]
     cols, feedback, _ = columns(scheme, rows=300)
     groups = cols.w_EIO.view(EXPERTS * COLUMNS, 3, 100)
-    step = groups.abs().amax(-1) / 2
+    step = groups.abs().amax(-1) / torch.tensor([2, 3])[:, None, None]
     results = []
     for number in (1, threads):
         monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)

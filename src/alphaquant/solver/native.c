@@ -200,29 +200,32 @@ void descend_block(float *gradient, float *q, const float *step, const float *ze
 }
 
 EACH_KIND measure(const float *restrict w, const float *restrict step, const float *restrict zero,
-                  const float *restrict importance, float *restrict error, int64_t groups_a_row, int64_t size,
-                  int64_t first, int64_t last, Grid grid, int is_float, int has_zero) {
+                  const float *restrict importance, float *restrict error, int64_t groups, int64_t groups_a_row,
+                  int64_t size, int64_t candidates, int64_t first, int64_t last, Grid grid, int is_float, int has_zero) {
     for (int64_t group = first; group < last; group++) {
         const float *part = w + group * size, *cost = importance ? importance + group % groups_a_row * size : 0;
-        float by = step[group], z = has_zero ? zero[group] : 0, sums[LANES] = {0}, total = 0;
-        for (int64_t i = 0; i < size; i += LANES) {
-            int64_t count = size - i < LANES ? size - i : LANES;
-            float squares[LANES] = {0};
-            for (int64_t k = 0; k < count; k++) {
-                float e = grid_value(part[i + k] / by, z, is_float, has_zero, grid) * by - part[i + k];
-                squares[k] = e * e;
+        for (int64_t at = group; at < candidates * groups; at += groups) {
+            float by = step[at], z = has_zero ? zero[at] : 0, sums[LANES] = {0}, total = 0;
+            for (int64_t i = 0; i < size; i += LANES) {
+                int64_t count = size - i < LANES ? size - i : LANES;
+                float squares[LANES] = {0};
+                for (int64_t k = 0; k < count; k++) {
+                    float e = grid_value(part[i + k] / by, z, is_float, has_zero, grid) * by - part[i + k];
+                    squares[k] = e * e;
+                }
+                for (int64_t k = 0; k < count; k++) sums[k] += cost ? squares[k] * cost[i + k] : squares[k];
             }
-            for (int64_t k = 0; k < count; k++) sums[k] += cost ? squares[k] * cost[i + k] : squares[k];
+            for (int k = 0; k < LANES; k++) total += sums[k];
+            error[at] = total;
         }
-        for (int k = 0; k < LANES; k++) total += sums[k];
-        error[group] = total;
     }
 }
 
-/* Σ importance * (rounded - w)² of groups first … last of `size` weights; importance is that of a row's groups. */
+/* Σ importance * (rounded - w)² of groups of `size` weights, by each candidate's step; importance is that of a row's. */
 void rounding_errors(const float *w, const float *step, const float *zero, const float *importance, float *error,
-                     int64_t groups_a_row, int64_t size, const Grid *grid, int64_t first, int64_t last) {
-    BY_KIND(measure, w, step, zero, importance, error, groups_a_row, size, first, last, *grid)
+                     int64_t groups, int64_t groups_a_row, int64_t size, int64_t candidates, const Grid *grid,
+                     int64_t first, int64_t last) {
+    BY_KIND(measure, w, step, zero, importance, error, groups, groups_a_row, size, candidates, first, last, *grid)
 }
 
 /* Places between grid values (places.py): matrices [E, O, I], their rows one after the other, scales [E, O, G]. A part

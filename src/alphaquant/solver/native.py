@@ -259,19 +259,20 @@ def _room_for(w_EIO: Tensor) -> Tensor:
 
 
 def rounding_errors(
-    w_OGN: Tensor, step_OG: Tensor, zero_OG: Tensor | None, importance_GN: Tensor | None, fmt: Format
+    w_OGN: Tensor, step_KOG: Tensor, zero_KOG: Tensor | None, importance_GN: Tensor | None, fmt: Format
 ) -> Tensor:
-    """Squared error `[O, G]` of groups of N weights when they are rounded with these steps and zero points (floats).
+    """Squared errors `[K, O, G]` of groups of N weights, rounded with these steps and zero points (floats).
 
     An error costs the importance of its column where it is given.
     """
-    _, num_groups, size = w_OGN.shape
-    error_OG = torch.empty(step_OG.shape)
-    given = (None if x is None else x.contiguous() for x in (w_OGN, step_OG, zero_OG, importance_GN))
-    tensors = (*given, error_OG)
-    grid = Grid.of(fmt, has_zero=zero_OG is not None)
-    _run("rounding_errors", tensors, (num_groups, size), step_OG.numel(), size * _ROUNDING, grid)
-    return error_OG
+    num_candidates, num_rows, num_groups = step_KOG.shape
+    total, size = num_rows * num_groups, w_OGN.shape[2]
+    error_KOG = torch.empty(step_KOG.shape)
+    given = (None if x is None else x.contiguous() for x in (w_OGN, step_KOG, zero_KOG, importance_GN))
+    sizes = (total, num_groups, size, num_candidates)
+    grid = Grid.of(fmt, has_zero=zero_KOG is not None)
+    _run("rounding_errors", (*given, error_KOG), sizes, total, num_candidates * size * _ROUNDING, grid)
+    return error_KOG
 
 
 def weigh_places(ground: Ground, gradient_EOI: Tensor, inverse: Factors) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Choosing the scales of groups before any column is rounded.
 
-Shapes: E experts, O rows, I columns, G groups of N columns.
+Shapes: E experts, O rows, I columns, G groups of N columns, K candidates.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from alphaquant.formats import ElementKind, ScaleKind, initial_scale, pool_rows,
 from alphaquant.solver.backend import Backend, kernels_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from alphaquant.formats import Format, Scheme
@@ -92,40 +90,46 @@ def whole_blocks(rows: int, scheme: Scheme) -> int:
 
 def _search(w_OGN: Tensor, start: Scales, scheme: Scheme, importance_GN: Tensor | None, backend: Backend) -> Scales:
     errors_of = getattr(kernels_for(w_OGN, backend), "rounding_errors", _rounding_errors)
-    factor_of, best_error_OG = torch.ones_like(start.scale), torch.full_like(start.scale, torch.inf)
-    best_scale, best_zero = start.scale, None if start.zero is None else start.zero.float()
 
-    def attempt(factor: float | Tensor, scale: Tensor, zero: Tensor | None) -> None:
-        nonlocal factor_of, best_error_OG, best_scale, best_zero
-        step = scale if start.global_scale is None else scale / start.global_scale
-        error_OG = pool_rows(errors_of(w_OGN, step, zero, importance_GN, scheme.format), scheme)
-        better = error_OG < best_error_OG
-        best_error_OG = torch.where(better, error_OG, best_error_OG)
-        best_scale = torch.where(better, scale, best_scale)
-        factor_of = torch.where(better, factor, factor_of)
-        if best_zero is not None and zero is not None:
-            best_zero = torch.where(better, zero, best_zero)
+    def best_of(scale_KOG: Tensor, zero_KOG: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Of some candidates: the least error, which of them has it, and that one; of equal ones the first."""
+        step_KOG = scale_KOG if start.global_scale is None else scale_KOG / start.global_scale
+        error_KOG = pool_rows(errors_of(w_OGN, step_KOG, zero_KOG, importance_GN, scheme.format), scheme)
+        index_OG = error_KOG.argmin(0)
+        error_OG, scale_OG, *zeros = (
+            x_KOG.gather(0, index_OG[None])[0] for x_KOG in (error_KOG, scale_KOG, zero_KOG) if x_KOG is not None
+        )
+        return error_OG, index_OG, scale_OG, zeros[0] if zeros else None
 
-    attempt(1.0, best_scale, best_zero)  # first: ties keep it
-    factors, between = _factors(scheme)
     stretched = _Stretch.of(w_OGN, start, scheme)
-    for factor in factors:
-        for scale, zero in stretched.by(factor):
-            attempt(factor, scale, zero)
-    around = factor_of
-    for offset in between:
-        for scale, zero in stretched.by(around + offset):
-            attempt(around + offset, scale, zero)
-    return Scales(best_scale, None if best_zero is None else best_zero.to(torch.uint8), start.global_scale)
+    factors, between = _factors(scheme)
+    factor_K = start.scale.new_tensor(factors)
+    scale_KOG, zero_KOG = stretched.by(factor_K[:, None, None])
+    each = len(scale_KOG) // len(factors)  # candidates of a factor
+    begin_OG = None if start.zero is None else start.zero.float()
+    # where it starts comes first: ties keep it
+    scale_KOG = torch.cat([start.scale[None], scale_KOG])
+    zero_KOG = None if zero_KOG is None or begin_OG is None else torch.cat([begin_OG[None], zero_KOG])
+    error_OG, index_OG, scale_OG, zero_OG = best_of(scale_KOG, zero_KOG)
+    if between:
+        around_OG = torch.cat([factor_K.new_ones(1), factor_K.repeat_interleave(each)])[index_OG]
+        found = best_of(*stretched.by(around_OG + factor_K.new_tensor(between)[:, None, None]))
+        better_OG = found[0] < error_OG
+        scale_OG = torch.where(better_OG, found[2], scale_OG)
+        zero_OG = None if zero_OG is None or found[3] is None else torch.where(better_OG, found[3], zero_OG)
+    return Scales(scale_OG, None if zero_OG is None else zero_OG.to(torch.uint8), start.global_scale)
 
 
 def _rounding_errors(
-    w_OGN: Tensor, step_OG: Tensor, zero_OG: Tensor | None, importance_GN: Tensor | None, fmt: Format
+    w_OGN: Tensor, step_KOG: Tensor, zero_KOG: Tensor | None, importance_GN: Tensor | None, fmt: Format
 ) -> Tensor:
-    """Squared errors of groups that are rounded with these steps and zero points, each at its column's importance."""
-    step, zero = step_OG[..., None], None if zero_OG is None else zero_OG[..., None]
-    error_OGN = quantize_values(w_OGN, step, zero, fmt).mul_(step).sub_(w_OGN).square_()
-    return (error_OGN if importance_GN is None else error_OGN.mul_(importance_GN)).sum(-1)
+    """Squared errors of groups rounded with K steps and zero points `[K, O, G]`, each at its column's importance."""
+    error_KOG = torch.empty_like(step_KOG)
+    for index, step_OG in enumerate(step_KOG):
+        step, zero = step_OG[..., None], None if zero_KOG is None else zero_KOG[index][..., None]
+        error_OGN = quantize_values(w_OGN, step, zero, fmt).mul_(step).sub_(w_OGN).square_()
+        error_KOG[index] = (error_OGN if importance_GN is None else error_OGN.mul_(importance_GN)).sum(-1)
+    return error_KOG
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,15 +147,14 @@ class _Stretch:
         low_OG, high_OG = w_OGN.amin(-1).clamp_max(0), w_OGN.amax(-1).clamp_min(0)
         return cls((high_OG - low_OG) / (2.0**scheme.format.bits - 1), low_OG, scheme)
 
-    def by(self, factor: float | Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Storable scales, and the zero points (as floats) on both sides of the exact one."""
-        scale = round_scale(self.scale_OG * factor, self.scheme)
+    def by(self, factor_KOG: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Storable scales `[K, O, G]`; of ranges two each, with the zero points on both sides of the exact one."""
+        scale_KOG = round_scale(self.scale_OG * factor_KOG, self.scheme)
         if self.low_OG is None:
-            yield scale, None
-            return
-        exact = -self.low_OG * factor / scale
-        for zero in (exact.floor(), exact.ceil()):
-            yield scale, zero.clamp(0, 2.0**self.scheme.format.bits - 1)
+            return scale_KOG, None
+        exact_KOG = -self.low_OG * factor_KOG / scale_KOG
+        zero_KOG = torch.stack([exact_KOG.floor(), exact_KOG.ceil()], 1).flatten(0, 1)
+        return scale_KOG.repeat_interleave(2, 0), zero_KOG.clamp_(0, 2.0**self.scheme.format.bits - 1)
 
 
 def _factors(scheme: Scheme) -> tuple[list[float], list[float]]:
