@@ -34,17 +34,21 @@ static inline float clamp(float x, float low, float high) {
 /* 1.5 * 2^23: a float below 2^22 that is added to it is rounded to a whole number, half to even */
 #define WHOLE 12582912.0f
 
+/* The power of two that a float's steps go by: the least one for all below it. */
+static inline float binade_of(float x, Grid grid) {
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bits &= 0x7F800000;
+    float binade;
+    memcpy(&binade, &bits, sizeof bits);
+    return binade < grid.least_binade ? grid.least_binade : binade;
+}
+
 /* The nearest grid value, as formats.quantize_values rounds. */
 static inline float grid_value(float x, float zero, int is_float, int has_zero, Grid grid) {
     if (is_float) {
         x = clamp(x, grid.low, grid.high);
-        int32_t bits;
-        memcpy(&bits, &x, sizeof bits);
-        bits &= 0x7F800000;
-        float binade;
-        memcpy(&binade, &bits, sizeof bits);
-        binade = binade < grid.least_binade ? grid.least_binade : binade;
-        float shift = binade * grid.steps;
+        float shift = binade_of(x, grid) * grid.steps;
         return (x + shift) - shift;
     }
     x = (clamp(x, -4194303.0f, 4194303.0f) + WHOLE) - WHOLE;
@@ -243,14 +247,7 @@ static inline Band band_of(int64_t index, int64_t rows) {
 
 /* One over the distance from a grid value to the next one away from zero: a power of two. */
 static inline float steps_a_unit(float value, int is_float, Grid grid) {
-    if (!is_float) return 1;
-    int32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    bits &= 0x7F800000;
-    float binade;
-    memcpy(&binade, &bits, sizeof bits);
-    binade = binade < grid.least_binade ? grid.least_binade : binade;
-    return WHOLE / (binade * grid.steps);
+    return is_float ? WHOLE / (binade_of(value, grid) * grid.steps) : 1;
 }
 
 EACH_KIND weigh(const float *restrict place, const float *restrict scale, const float *restrict zero,
