@@ -24,6 +24,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from alphaquant.plan import Plan
+
 PEERS = Path(__file__).parent / "peers"
 SOURCES = Path(__file__).parents[1] / "src" / "alphaquant"
 OURS = "alphaquant"
@@ -74,20 +76,13 @@ def measuring(args: argparse.Namespace, setup: Setup) -> list[str]:
     return ["--seqlen", str(setup.seqlen), *(word for text in texts for word in ("--text", text))]
 
 
-def plan_of(fmt: str, only: str) -> dict[str, Any]:
-    """The plan that gives a format, written as `--scheme` takes it, to modules of one pattern alone."""
-    kind, *rest = fmt.split(":")
-    group = {"group_size": int(rest[0].removeprefix("g"))} if rest else {}
-    found = {"pattern": only, "wq": kind, "symmetric": "asym" not in rest} | group
-    return {"default": {"wq": "bf16"}, "overrides": [found]}
-
-
 def ours(args: argparse.Namespace, model: Path, setup: Setup, fmt: str, folder: str) -> dict[str, Any]:
     command = [sys.executable, "-m", OURS]
     plan = ["--scheme", fmt]
     if args.only:
         file = Path(folder, "plan.json")
-        file.write_text(json.dumps(plan_of(fmt, args.only)))
+        rule = Plan.from_shorthand(fmt).default.model_dump(exclude_none=True)
+        file.write_text(json.dumps({"default": {"wq": "bf16"}, "overrides": [rule | {"pattern": args.only}]}))
         plan = ["--config", str(file)]
     calibration = ["--calib", str(args.shared / "data/wikitext2/train.txt"), "--nsamples", str(setup.nsamples)]
     options = ["--seqlen", str(setup.seqlen), "--seed", str(args.seed), "--effort", args.effort]

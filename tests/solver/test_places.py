@@ -9,19 +9,14 @@ import torch
 
 from alphaquant.formats import FORMATS, Scheme, dequantize, quantize
 from alphaquant.formats.grid import round_to_grid
-from alphaquant.solver import Backend, Places, backend_for, grid_steps
+from alphaquant.solver import Backend, Places, grid_steps, native
 
 from .oracle import default_schemes, scheme_id, weights
 
 SCHEMES = [*default_schemes(), Scheme(FORMATS["fp8_block"], 128)]
-BOTH = [Backend.TORCH, Backend.NATIVE]
+needs_compiler = pytest.mark.skipif(not native.is_available(), reason="no C compiler")
+BOTH = [Backend.TORCH, pytest.param(Backend.NATIVE, marks=needs_compiler)]
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=scheme_id)
-
-
-@pytest.fixture(autouse=True)
-def _has_compiler():
-    if backend_for("cpu", Backend.AUTO) is not Backend.NATIVE:
-        pytest.skip("no C compiler")
 
 
 def places_of(scheme, backend, shape, generator):
@@ -34,14 +29,11 @@ def places_of(scheme, backend, shape, generator):
 def values_of(q):
     """In grid values: what scales multiply."""
     scale_EOI = q.effective_scale().repeat_interleave(q.codes.shape[-1] // q.scale.shape[-1], -1)
-    return (
-        round_to_grid(dequantize(q) / scale_EOI, q.scheme.format)
-        if q.zero is None
-        else (dequantize(q) / scale_EOI).round()
-    )
+    value_EOI = dequantize(q) / scale_EOI
+    return round_to_grid(value_EOI, q.scheme.format) if q.zero is None else value_EOI.round()
 
 
-def moved(scheme, backend, shape, steps=5, gradient=None):
+def moved(scheme, backend, shape, steps=5):
     """Places after some steps, and the weights before each of them."""
     generator = torch.Generator().manual_seed(2)
     places, seen = places_of(scheme, backend, shape, generator), []
@@ -49,18 +41,17 @@ def moved(scheme, backend, shape, steps=5, gradient=None):
         places.shaken(generator)
         places.learn(torch.randn(shape, generator=generator) * 0.01 + 0.002 * places.sign_EOI)
     for step in range(steps):
-        w_EOI = places.weights()
-        seen.append(w_EOI)
-        noise = torch.randn(shape, generator=generator) * 1e-3
-        places.move(noise if gradient is None else noise * 0 + gradient(w_EOI), 1 - step / steps)
+        seen.append(places.weights())
+        places.move(torch.randn(shape, generator=generator) * 1e-3, 1 - step / steps)
     return places, seen
 
 
+@needs_compiler
 @every_scheme
 def test_both_ways_move_alike(scheme):
     """Only sums differ, by their order: 70 rows are more than a part of the loops; 3 matrices."""
     shape = (3, 70, max(96, scheme.group_size))
-    (torchs, seen), (natives, seen_too) = (moved(scheme, backend, shape) for backend in BOTH)
+    (torchs, seen), (natives, seen_too) = (moved(scheme, backend, shape) for backend in (Backend.TORCH, Backend.NATIVE))
     assert natives.place_EOI.is_contiguous()
     assert torch.equal(seen[0], seen_too[0])
     assert not torch.equal(seen[0], seen[-1])
@@ -144,6 +135,7 @@ def test_places_rest_where_each_code_is_best(backend):
     assert wrong < 0.02, "but for those near the middle between two codes"
 
 
+@needs_compiler
 def test_threads_change_no_bit():
     shape = (2, 1000, 512)  # so many that two threads share them
     found = []

@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["foretell_seconds"]
 
 _BACKWARD = 6.0  # a batch's forward and backward pass, relative to one without gradients
-_MOVE = (
-    500.0  # of a weight in a step of tuning, its gradient's way through memory too, in operations of an fp32 product
-)
+_MOVE = 500.0  # of a weight and its gradient in a step of tuning, in operations of an fp32 product
 _READ_BYTES = 1e9  # a second, from a disk
 
 

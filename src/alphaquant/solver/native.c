@@ -31,6 +31,12 @@ static inline float clamp(float x, float low, float high) {
     return x > high ? high : x;
 }
 
+static inline float total_of(const float *lanes) {
+    float total = 0;
+    for (int k = 0; k < LANES; k++) total += lanes[k];
+    return total;
+}
+
 /* 1.5 * 2^23: a float below 2^22 that is added to it is rounded to a whole number, half to even */
 #define WHOLE 12582912.0f
 
@@ -209,7 +215,7 @@ EACH_KIND measure(const float *restrict w, const float *restrict step, const flo
     for (int64_t group = first; group < last; group++) {
         const float *part = w + group * size, *cost = importance ? importance + group % groups_a_row * size : 0;
         for (int64_t at = group; at < candidates * groups; at += groups) {
-            float by = step[at], z = has_zero ? zero[at] : 0, sums[LANES] = {0}, total = 0;
+            float by = step[at], z = has_zero ? zero[at] : 0, sums[LANES] = {0};
             for (int64_t i = 0; i < size; i += LANES) {
                 int64_t count = size - i < LANES ? size - i : LANES;
                 float squares[LANES] = {0};
@@ -219,8 +225,7 @@ EACH_KIND measure(const float *restrict w, const float *restrict step, const flo
                 }
                 for (int64_t k = 0; k < count; k++) sums[k] += cost ? squares[k] * cost[i + k] : squares[k];
             }
-            for (int k = 0; k < LANES; k++) total += sums[k];
-            error[at] = total;
+            error[at] = total_of(sums);
         }
     }
 }
@@ -275,13 +280,9 @@ EACH_KIND weigh(const float *restrict place, const float *restrict scale, const 
                         squares[i + k] += off * off;
                     }
                 }
-                float sum = 0;
-                for (int k = 0; k < LANES; k++) sum += along[k];
-                slope[group] = sum * scale[group];
+                slope[group] = total_of(along) * scale[group];
             }
-            float sum = 0;
-            for (int k = 0; k < LANES; k++) sum += of_row[k];
-            row_squares[row] = sum;
+            row_squares[row] = total_of(of_row);
         }
     }
 }

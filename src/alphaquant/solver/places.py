@@ -176,7 +176,7 @@ class Places:
         row_EO, column_EI, slope_EOG = weigh(ground, gradient_EOI, inverse)
         self.noise.add(row_EO, column_EI)
         draw(ground, gradient_EOI, inverse, self.noise.factors(), _CODE_RATE * falling, _MOST)
-        if self.has_free_scales:
+        if self._has_free_scales:
             self._scale_by(pool_rows(slope_EOG, self.quantized.scheme), _SCALE_RATE * falling)
 
     def weights(self) -> Tensor:
@@ -190,11 +190,11 @@ class Places:
         q = self.quantized
         zero_EOG1 = None if q.zero is None else q.zero[..., None]
         codes = encode(self._ground.values(), q.scheme.format, zero_EOG1).flatten(-2)
-        scale = round_scale(q.scale * self.log_EOG.exp(), q.scheme) if self.has_free_scales else q.scale
+        scale = round_scale(q.scale * self.log_EOG.exp(), q.scheme) if self._has_free_scales else q.scale
         return replace(q, codes=codes, scale=scale)
 
     @property
-    def has_free_scales(self) -> bool:
+    def _has_free_scales(self) -> bool:
         """Whether scales can take nearly any value."""
         return self.quantized.scheme.format.scale is ScaleKind.MODEL
 
