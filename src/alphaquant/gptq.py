@@ -72,7 +72,10 @@ class GPTQConfig(Recipe):
                 _require(is_count, setting.name, value, f"an integer from {least} on")
             else:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                _require(is_number and 0 <= value < math.inf, setting.name, value, "a number from 0 on")
+                most, expected = math.inf, "a number from 0 on"
+                if setting.name == "asymmetric_target":
+                    most, expected = 1, "a number from 0 to 1"
+                _require(is_number and 0 <= value <= most and value != math.inf, setting.name, value, expected)
 
 
 def _member(kind: type[Enum], value: object, name: str) -> Enum:

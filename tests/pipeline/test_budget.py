@@ -122,11 +122,16 @@ def test_every_family_can_be_foretold(family):
     assert min(seconds.values()) > 0
 
 
-def test_a_second_stream_is_counted():
+def test_other_streams_are_counted():
     spec = detect(config_of("olmoe"))
     schemes = Plan.from_dict({"default": {"wq": "int4", "group_size": 8}}).resolve(list(spec.modules())).schemes
     cpu = torch.device("cpu")
-    one, two = (plan_memory(spec, schemes, (4, 16), torch.bfloat16, cpu, streams=n) for n in (1, 2))
+    repair, target = Recipe(repair_router=True), Recipe(asymmetric_target=0.5)
+    one, two, three = (
+        plan_memory(spec, schemes, (4, 16), torch.bfloat16, cpu, recipe=recipe) for recipe in (Recipe(), repair, target)
+    )
     assert two.parts["activations between layers"] == 2 * one.parts["activations between layers"]
-    repair = Recipe(repair_router=True)
+    assert three.parts["activations between layers"] == 3 * one.parts["activations between layers"]
+    assert three.limits.hessian_bytes == one.limits.hessian_bytes
+    assert three.parts["Hessians"] == pytest.approx(2 * one.parts["Hessians"], abs=1)
     assert foretell_seconds(spec, schemes, (4, 16), torch.bfloat16, cpu, repair)["repair"] > 0

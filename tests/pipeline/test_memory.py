@@ -42,7 +42,7 @@ def test_tensors_are_freed_when_they_are_done_with(request, family, text, tmp_pa
     """
     model = request.getfixturevalue(family)
     assert leftovers(lambda: tiny.quantize(model, tmp_path / "gptq", "int3:g32", text)) == []
-    tuned = Recipe(tune_steps=2)
+    tuned = Recipe(tune_steps=2, asymmetric_target=0.5)
     assert leftovers(lambda: tiny.quantize(model, tmp_path / "tuned", "int3:g32", text, recipe=tuned)) == []
     assert leftovers(lambda: tiny.quantize(model, tmp_path / "rtn", "int3:g32", None)) == []
     assert leftovers(lambda: evaluate_checkpoint(tmp_path / "gptq", data=str(text), seqlen=32, against=model)) == []

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 # what differs between the cases: kinds of layers, types, formats, what is left out, what is not calibrated
 CASES = {
-    "olmoe": {"plan": tiny.SERVED_PLAN, "recipe": Recipe(repair_router=True, tune_steps=4)},
+    "olmoe": {
+        "plan": tiny.SERVED_PLAN,
+        "recipe": Recipe(repair_router=True, tune_steps=4, asymmetric_target=0.5),
+    },
     "llama": {"plan": tiny.HUMMING_PLAN, "dtype": "bfloat16"},
     "deepseek": {"plan": tiny.SERVED_PLAN | {"overrides": [{"pattern": "lm_head", "wq": "int4", "group_size": 32}]}},
     "qwen2_moe": {
@@ -38,7 +41,7 @@ CASES = {
                 {"pattern": "*.experts.[4-5].*", "skip": False, "wq": "fp8", "aq": "fp8", "group_size": -1},
             ],
         },
-        "recipe": Recipe(tune_steps=4),
+        "recipe": Recipe(asymmetric_target=1.0),
     },
     "mixtral": {"plan": tiny.HUMMING_PLAN, "calibrated": False, "num_local_experts": 3},
 }

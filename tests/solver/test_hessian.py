@@ -58,6 +58,43 @@ def relative_to_diagonal(found: Tensor, truth: Tensor) -> float:
 
 
 @each_power
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_original_has_is_summed_beside(power: float, dtype: torch.dtype) -> None:
+    """`(x₀ - x)ᵀ x` of an expert's own tokens, in one part or in several; the Hessian is as without it."""
+    routed, other = Routed(dtype), Routed(dtype, seed=1)
+    original_TI = routed.x_TI + 0.1 * other.x_TI
+    order = routed.ids_TK.flatten().argsort(stable=True)
+    x_RI, counts, score_R = routed.rows()
+    original_RI = original_TI[order // 2]
+    whole = HessianSum(EXPERTS, SIZE, power, pairs=True)
+    whole.add(x_RI, counts, score_R, original_RI)
+    assert whole.sum_EII.equal(collected(routed, power).sum_EII)
+    parts = HessianSum(EXPERTS, SIZE, power, pairs=True)
+    expert_R = routed.ids_TK.flatten()[order]
+    for is_first in (torch.arange(len(order)) % 2 == 0, torch.arange(len(order)) % 2 == 1):
+        some = expert_R[is_first].bincount(minlength=EXPERTS).tolist()
+        parts.add(x_RI[is_first], some, score_R[is_first], original_RI[is_first])
+    chosen = [5, 0, 4]
+    found, in_parts = whole.shift(chosen), parts.shift(chosen)
+    assert found is not None
+    assert in_parts is not None
+    tolerance = 1e-5 if dtype is torch.float32 else 5e-3
+    for place, expert in enumerate(chosen):
+        truth, total = torch.zeros(SIZE, SIZE, dtype=torch.float64), 0.0
+        for row in (expert_R == expert).nonzero()[:, 0].tolist():
+            weight = float(score_R[row]) ** power
+            x, original = x_RI[row].double(), original_RI[row].double()
+            truth += weight * torch.outer(original - x, x)
+            total += weight
+        truth /= max(total, 1e-30)
+        scale = float(truth.abs().max()) or 1.0
+        assert float((found[place].double() - truth).abs().max()) < tolerance * scale
+        assert float((in_parts[place].double() - truth).abs().max()) < tolerance * scale
+    assert found[2].equal(torch.zeros(SIZE, SIZE)), "it saw nothing"
+    assert collected(routed, power).shift([0]) is None
+
+
+@each_power
 def test_sums_weights_and_evidence_follow_the_experts_own_tokens(power: float) -> None:
     routed = Routed()
     total = collected(routed, power)

@@ -22,6 +22,7 @@ from alphaquant.solver import (
     damp,
     factorize,
     hessian_loss,
+    moved,
     quantize_stack,
     refine,
     refit_scales,
@@ -315,3 +316,54 @@ def test_one_plain_matrix_is_a_stack_of_one() -> None:
     outcome = quantize_stack(w, h, effective, Scheme(FORMATS["int4"], 32), Recipe())
     assert outcome.quantized.codes.shape == (1, ROWS, COLUMNS)
     assert outcome.loss_EO.shape == outcome.energy_EO.shape == (1, ROWS)
+
+
+def paired(experts: int = EXPERTS, columns: int = COLUMNS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Correlated inputs and the original's in their place `[E, R, I]`, their mean Hessians and shifts."""
+    generator = torch.Generator().manual_seed(5)
+    mix, bend = torch.randn(2, columns, columns, generator=generator) / columns**0.5
+    original = torch.randn(experts, 6 * columns, columns, generator=generator) @ mix
+    x = original + 0.3 * original @ bend + 0.1 * torch.randn(original.shape, generator=generator)
+    rows = x.shape[1]
+    return x, original, x.mT @ x / rows, (original - x).mT @ x / rows
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_weights_move_to_the_least_squares_of_the_originals_outputs(*, act_order: bool) -> None:
+    x, original, h, shift = paired()
+    w = oracle.weights(EXPERTS, ROWS, COLUMNS)
+    factor = factorize(h, torch.zeros(EXPERTS), act_order=act_order)
+    whole = moved(w, shift, factor, 1.0)
+    truth = torch.linalg.lstsq(x.double(), original.double() @ w.double().mT).solution.mT
+    assert float((whole - truth).abs().max()) < 2e-3 * float(truth.abs().max())
+    assert torch.allclose(moved(w, shift, factor, 0.25), w + (whole - w) / 4, atol=1e-4)
+    x_EOI = torch.randn(EXPERTS, ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(factor.divided(x_EOI) @ h, x_EOI, atol=1e-2)
+
+
+@each_scheme
+@pytest.mark.parametrize("equalizes", [False, True])
+def test_what_is_lost_before_is_made_up_for(*, scheme: Scheme, equalizes: bool) -> None:
+    columns = max(COLUMNS, scheme.group_size)
+    x, original, h, shift = paired(columns=columns)
+    w = oracle.weights(EXPERTS, 16, columns)
+    plenty = torch.full((EXPERTS,), 1e6, dtype=torch.float64)
+    recipe = Recipe(asymmetric_target=1.0)
+
+    def error(shift: Tensor | None) -> Tensor:
+        outcome = quantize_stack(w, h, plenty, scheme, recipe, shift_EII=shift, equalizes=equalizes)
+        made = (x * outcome.scale_EI[:, None]) @ dequantize(outcome.quantized).mT
+        return (made - original @ w.mT).square().sum((1, 2))
+
+    assert bool((error(shift) < error(None)).all())
+
+
+def test_what_is_rounded_to_nearest_stays_where_it_is() -> None:
+    _, _, h, shift = paired()
+    w = oracle.weights(EXPERTS, ROWS, COLUMNS)
+    seen = torch.tensor([ENOUGH, 0, 1, ENOUGH, 1], dtype=torch.float64)
+    scheme, recipe = Scheme(FORMATS["int4"], 32), Recipe(asymmetric_target=1.0)
+    plain = quantize_stack(w, h, seen, scheme, recipe)
+    target = quantize_stack(w, h, seen, scheme, recipe, shift_EII=shift)
+    same = (plain.quantized.codes == target.quantized.codes).flatten(1).all(1)
+    assert same.tolist() == plain.fallback_E.tolist() == [False, True, True, False, True]

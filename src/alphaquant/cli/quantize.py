@@ -109,6 +109,10 @@ def quantize(
         int | None,
         typer.Option(min=0, help="Tune each half-layer by gradient; 96 by --effort best, else 0."),
     ] = None,
+    asymmetric_target: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Move weights toward the original's outputs first: 0 not, 1 all the way."),
+    ] = 0.0,
     rotate: RotateOpt = Rotate.NONE,
     kernels: Annotated[Backend, typer.Option(help="Inner loops; auto: Triton on a GPU, C on a CPU.")] = Backend.AUTO,
     layout: Annotated[Format, typer.Option("--format", help="Layout; auto: the most widely served.")] = Format.AUTO,
@@ -168,6 +172,7 @@ def quantize(
         effort=effort,
         routing_power=routing_weight,
         repair_router=repair_router,
+        asymmetric_target=asymmetric_target,
         tune_steps=tune_steps,
         backend=kernels,
     )

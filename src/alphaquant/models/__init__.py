@@ -15,7 +15,7 @@ from alphaquant.models.linear import LayerWeights, as_served
 from alphaquant.models.moe import all_scores, route
 from alphaquant.models.rotate import Rotation, RotationKind, rotated
 from alphaquant.models.spec import MLPSpec, ModelSpec, MoESpec, Parameter, Source
-from alphaquant.models.tap import Routing, Tap
+from alphaquant.models.tap import Choice, Routing, Tap
 from alphaquant.models.weights import (
     TensorSource,
     check_tensors,
@@ -28,6 +28,7 @@ from alphaquant.models.weights import (
 
 __all__ = [
     "FAMILIES",
+    "Choice",
     "Decoder",
     "LayerWeights",
     "MLPSpec",

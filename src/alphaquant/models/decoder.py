@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from alphaquant.models.moe import Choice
     from alphaquant.models.spec import ModelSpec
-    from alphaquant.models.tap import Tap
+    from alphaquant.models.tap import Choice, Tap
 
 __all__ = [
     "Decoder",
@@ -60,11 +59,17 @@ def attention_half(
 
 
 def mlp_half(
-    x_BLD: Tensor, weights: Mapping[str, Tensor], spec: ModelSpec, layer: int, *, tap: Tap | None = None
+    x_BLD: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: ModelSpec,
+    layer: int,
+    *,
+    tap: Tap | None = None,
+    choice: Choice | None = None,
 ) -> Tensor:
-    """Residual stream `[B, L, D]` after the feed-forward of `layer`; with a `tap` only the inputs are shown."""
+    """Residual stream `[B, L, D]` after the feed-forward of `layer`; see `feed_forward`."""
     normed = rms_norm(x_BLD, weights["post_attention_layernorm.weight"], spec.rms_norm_eps)
-    out = feed_forward(normed, weights, spec.layers[layer].mlp, tap)
+    out = feed_forward(normed, weights, spec.layers[layer].mlp, tap, choice)
     return x_BLD if tap is not None else x_BLD + out
 
 

@@ -5,7 +5,7 @@ Shapes: T tokens, K experts of a token, R = T * K routed rows, E experts, D hidd
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,23 +14,16 @@ from torch.nn import functional as F  # noqa: N812
 from alphaquant.models import native
 from alphaquant.models.linear import expert_linear, linear
 from alphaquant.models.spec import MLPSpec, MoESpec, Scoring, Source
-from alphaquant.models.tap import Routing
+from alphaquant.models.tap import Choice, Routing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from alphaquant.models.tap import Tap
 
-__all__ = ["Choice", "all_scores", "feed_forward", "route"]
+__all__ = ["all_scores", "feed_forward", "route"]
 
 _TINY = 1e-20  # sigmoids may all be zero
-
-
-class Choice(NamedTuple):
-    """The router's choice: experts `topk_ids_TK` and the scores that weight their outputs (fp32)."""
-
-    topk_ids_TK: Tensor
-    score_TK: Tensor
 
 
 def all_scores(x_TD: Tensor, router_ED: Tensor, spec: MoESpec) -> Tensor:
@@ -68,11 +61,16 @@ def _of_best_groups(merit_TE: Tensor, spec: MoESpec, num_best: int, without: flo
 
 
 def feed_forward(
-    x_BLD: Tensor, weights: Mapping[str, Tensor], spec: MLPSpec | MoESpec, tap: Tap | None = None
+    x_BLD: Tensor,
+    weights: Mapping[str, Tensor],
+    spec: MLPSpec | MoESpec,
+    tap: Tap | None = None,
+    choice: Choice | None = None,
 ) -> Tensor:
     """Feed-forward block on normed inputs `[B, L, D]`, without the residual.
 
-    With a `tap` it shows every linear's input and skips the last products: the result is then meaningless.
+    With a `tap` it shows every linear's input and skips the last products: the result is then meaningless. With a
+    `choice` the router is not asked.
     """
     x_TD = x_BLD.flatten(0, -2)
     if isinstance(spec, MLPSpec):
@@ -80,7 +78,7 @@ def feed_forward(
             tap(Source.MLP_IN, x_TD)
         out = _mlp(x_TD, weights, "mlp", Source.MLP_HIDDEN, None, tap)
         return out.view_as(x_BLD) if tap is None else x_BLD
-    out = _routed(x_TD, weights, spec, tap)
+    out = _routed(x_TD, weights, spec, tap, choice)
     if spec.shared is not None:
         gate = None
         if spec.shared_gate:
@@ -112,14 +110,16 @@ def _mlp(
     return project("down_proj", hidden_TF)
 
 
-def _routed(x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap | None) -> Tensor:
-    choice = route(x_TD, weights, spec)
+def _routed(
+    x_TD: Tensor, weights: Mapping[str, Tensor], spec: MoESpec, tap: Tap | None, choice: Choice | None
+) -> Tensor:
+    choice = route(x_TD, weights, spec) if choice is None else choice
     expert_R = choice.topk_ids_TK.flatten()
     order_R = expert_R.argsort(stable=True)
     counts_E = expert_R.bincount(minlength=spec.num_experts)
     x_RD = x_TD.index_select(0, order_R // spec.top_k)
     if tap is not None:
-        routing = Routing(counts_E, choice.score_TK.flatten().index_select(0, order_R))
+        routing = Routing(counts_E, choice.score_TK.flatten().index_select(0, order_R), choice)
         tap(Source.MLP_IN, x_TD)
         tap(Source.EXPERT_IN, x_RD, routing)
         tap(Source.EXPERT_HIDDEN, _expert_hidden(x_RD, counts_E, weights), routing)

@@ -17,10 +17,10 @@ import torch
 from alphaquant.errors import ConfigError
 from alphaquant.models import MoESpec
 from alphaquant.pipeline.collect import Reading, collection_passes, widths
-from alphaquant.pipeline.layer import ATTENTION_SOURCES, Limits
+from alphaquant.pipeline.layer import ATTENTION_SOURCES, Limits, follows_original
 from alphaquant.pipeline.stream import CHUNK_TOKENS, resident_memory
 from alphaquant.pipeline.tuning import BATCH_TOKENS
-from alphaquant.solver import WORKSPACE_WEIGHTS
+from alphaquant.solver import WORKSPACE_WEIGHTS, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -92,9 +92,7 @@ def plan_memory(
     device: torch.device,
     max_bytes: int | None = None,
     processes: int = 1,
-    streams: int = 1,
-    *,
-    tunes: bool = False,
+    recipe: Recipe = Recipe(),  # noqa: B008  (it cannot be changed)
 ) -> MemoryPlan:
     """The plan of fewest forward passes that stays in memory, and among those the one that keeps most there.
 
@@ -108,8 +106,7 @@ def plan_memory(
         device: where they are worked on.
         max_bytes: what may be taken by each process; None for most of what is free, or more where the run takes more.
         processes: that share what a machine has of main memory. Each is planned as if it worked alone.
-        streams: activations that go along: two where the original's go beside the quantized model's.
-        tunes: whether half-layers are tuned.
+        recipe: settings of the method: some let the original's activations go along.
 
     Raises:
         ConfigError: no plan is within `max_bytes`; says how much the smallest takes.
@@ -128,8 +125,7 @@ def plan_memory(
             dtype,
             allowed,
             base,
-            streams,
-            tunes=tunes,
+            recipe,
             holds_stream=holds_stream,
             workspace=workspace,
         )
@@ -170,9 +166,8 @@ def _plan(
     dtype: torch.dtype,
     max_bytes: int,
     base_bytes: int,
-    streams: int,
+    recipe: Recipe,
     *,
-    tunes: bool,
     holds_stream: bool,
     workspace: int,
 ) -> MemoryPlan:
@@ -182,24 +177,28 @@ def _plan(
     if tokens is not None and base_bytes:  # on a CPU
         parts["compiled kernels"] = _KERNEL_BYTES
     if tokens is not None and not holds_stream:
+        # a target needs what the original had before a half-layer, too, once it is behind it
+        streams = 1 + follows_original(recipe, spec) + recipe.pairs
         parts["activations between layers"] = streams * tokens[0] * tokens[1] * spec.hidden_size * dtype.itemsize
     parts["weights of a layer"] = max(_layer_weights(kind) for kind, _ in kinds) * dtype.itemsize
     parts["codes of a layer"] = max(_code_bytes(spec, schemes, layers[0]) for _, layers in kinds)
-    solving = max(_solve_bytes(kind, workspace, calibrated=tokens is not None) for kind, _ in kinds)
+    solving = max(_solve_bytes(kind, workspace, recipe, calibrated=tokens is not None) for kind, _ in kinds)
     forward = 0 if tokens is None else max(_forward_bytes(spec, layers[0], tokens, dtype) for _, layers in kinds)
+    forward *= 1 + recipe.pairs
     parts["solving" if solving > forward else "a chunk's forward pass"] = max(solving, forward)
     parts["what the allocator keeps"] = int(_SLACK * (sum(parts.values()) - base_bytes))
     halves = [(half, layers) for kind, layers in kinds for half in _halves(spec, schemes, kind, layers[0])]
     hessian_bytes = passes = least_passes = 0
     if tokens is not None:
         least = max((4 * width**2 for half, _ in halves for _, width in half.values()), default=0)
-        room = int((max_bytes - sum(parts.values())) / (1 + _SLACK))
+        sums = 1 + recipe.pairs
+        room = int((max_bytes - sum(parts.values())) / (1 + _SLACK)) // sums
         most = max((sum(4 * e * width**2 for e, width in half.values()) for half, _ in halves), default=0)
         hessian_bytes = min(most, max(least, room))
         passes = sum(len(collection_passes(half, hessian_bytes)) * len(layers) for half, layers in halves)
         least_passes = sum(len(layers) for _, layers in halves)
-        parts["Hessians"] = int(hessian_bytes * (1 + _SLACK))
-        if tunes:
+        parts["Hessians"] = int(sums * hessian_bytes * (1 + _SLACK))
+        if recipe.tuning:
             # when it begins, solving is over and Hessians are gone
             tuning = max(_tuning_bytes(spec, schemes, layers[0], tokens, dtype, workspace) for _, layers in kinds)
             beyond = int(tuning * (1 + _SLACK)) - max(solving, forward) - parts["Hessians"]
@@ -251,7 +250,7 @@ def _code_bytes(spec: ModelSpec, schemes: Mapping[str, Scheme | None], layer: in
     return int(total)
 
 
-def _solve_bytes(parameters: Iterable[Parameter], workspace: int, *, calibrated: bool) -> int:
+def _solve_bytes(parameters: Iterable[Parameter], workspace: int, recipe: Recipe, *, calibrated: bool) -> int:
     """The widest linear's arrays: at most a workspace of weights, at least one matrix's rows and one Hessian."""
     most = 0
     for parameter in parameters:
@@ -261,7 +260,8 @@ def _solve_bytes(parameters: Iterable[Parameter], workspace: int, *, calibrated:
         at_once = min(parameter.num_experts or 1, max(1, workspace // (max(rows, columns) * columns)))
         weights = min(workspace, 2 * at_once * rows * columns)  # gate and up are solved as one
         hessian = at_once * columns**2 if calibrated else 0
-        most = max(most, 4 * (_COPIES * max(weights, columns) + _HESSIAN_COPIES * hessian))
+        copies, hessian_copies = _COPIES + 2 * recipe.pairs, _HESSIAN_COPIES + recipe.pairs
+        most = max(most, 4 * (copies * max(weights, columns) + hessian_copies * hessian))
     return most
 
 

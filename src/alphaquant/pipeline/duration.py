@@ -86,7 +86,8 @@ def foretell_seconds(
         if isinstance(mlp, MoESpec) and recipe.repair_router:
             repair += rows * spec.hidden_size**2
         for experts, width in widths(wanted).values():
-            gram += rows * width**2 * (experts * top_k if experts > 1 else 1.0)
+            # half of a Gram matrix is summed, and all of what pairs add
+            gram += rows * width**2 * (experts * top_k if experts > 1 else 1.0) * (3 if recipe.pairs else 1)
             if tokens is not None and recipe.method is Method.GPTQ:
                 solve += experts * width**3
         if tokens is not None:
@@ -98,7 +99,7 @@ def foretell_seconds(
     follows = 1 + follows_original(recipe, spec)
     return {
         "read": read * dtype.itemsize / _READ_BYTES,
-        "calibrate": (passes * forward + gram) / products,
+        "calibrate": (passes * (1 + recipe.pairs) * forward + gram) / products,
         "solve": solve / solver,
         "propagate": follows * forward / products,
         **({"repair": repair / products} if repair else {}),
@@ -114,7 +115,7 @@ def _solve_work(parameter: Parameter, recipe: Recipe, device: torch.device, *, c
     work = cost.search if spending.search else 0.0
     if calibrated and recipe.method is Method.GPTQ:
         work += spending.walks * (cost.walk + inputs) + spending.refits * (cost.sweep + 3 * inputs)
-        work += 2 * inputs + spending.sweeps * (cost.sweep + 2 * inputs)
+        work += 2 * inputs + spending.sweeps * (cost.sweep + 2 * inputs) + 4 * recipe.pairs * in_features
     return math.prod(parameter.shape) * work
 
 

@@ -9,12 +9,12 @@ import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from alphaquant.models import MoESpec, Source, as_served, head_input
-from alphaquant.pipeline.collect import Collector, Reading, Shown, collection_passes, widths
+from alphaquant.pipeline.collect import Collector, Reading, Rows, Shown, collection_passes, exchanged, widths
 from alphaquant.pipeline.distributed import SOLO, Team
 from alphaquant.pipeline.pace import Pace, fits
 from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RepairRecord, RoutingRecord, TuningRecord
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alphaquant.formats import Scheme
-    from alphaquant.models import LayerWeights, ModelSpec, Routing
+    from alphaquant.models import LayerWeights, ModelSpec
     from alphaquant.pipeline.solving import Stack
     from alphaquant.pipeline.stream import Progress, Stream
     from alphaquant.solver import Recipe
@@ -42,8 +42,15 @@ ATTENTION_SOURCES = (Source.ATTENTION_IN, Source.QUERY_LATENT, Source.KV_LATENT,
 
 
 def follows_original(recipe: Recipe, spec: ModelSpec) -> bool:
-    """Whether the original model's stream is needed beside the quantized one's: routers and tuning aim at it."""
-    return recipe.tuning > 0 or (recipe.repair_router and spec.has_experts)
+    """Whether the original model's stream is needed beside the quantized one's."""
+    return recipe.tuning > 0 or recipe.pairs or (recipe.repair_router and spec.has_experts)
+
+
+class Original(NamedTuple):
+    """What the original model has before a half-layer: weights and stream."""
+
+    weights: LayerWeights
+    x_NLD: Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +58,7 @@ class Limits:
     """What may lie in memory at a time.
 
     Attributes:
-        hessian_bytes: Hessian sums of one forward pass; with less, there are more passes.
+        hessian_bytes: Hessian sums of one forward pass; with less, there are more passes. What pairs add is not in it.
         workspace_weights: weights solved together.
         holds_stream: whether activations lie elsewhere between the chunks that are worked on; see `held_stream`.
         reads_ahead: whether the next layer is read while one is worked on, and lies beside it.
@@ -122,6 +129,9 @@ class LayerQuantizer:
             in_half = [p for p in parameters if (p.source in ATTENTION_SOURCES) == (half is attend)]
             stacks = self.solver.stacks(layer, in_half)
             shares = self._shares(stacks)
+            before: Original | None = None
+            if original_NLD is not None and self.recipe.pairs and stacks:
+                before = Original(weights, original_NLD.clone())
             if original_NLD is not None and x_NLD is not None:
                 refit = self._follow(half, layer, weights, x_NLD, original_NLD, where, result, notes)
                 repair = refit or repair
@@ -137,7 +147,7 @@ class LayerQuantizer:
                 if x_NLD is not None and (stacks or isinstance(self.spec.layers[layer].mlp, MoESpec)):
                     self._tell("calibrate", layer, x_NLD)
                     with self.clock("calibrate"):
-                        while not self._collect(half, layer, served, x_NLD, collector, takes):
+                        while not self._collect(half, layer, served, x_NLD, before, collector, takes):
                             notes.append(self.pace.slower(self._cuts(x_NLD), f"layer {layer}, {where}"))
                             collector = self._collector(layer, own)
                         seen = self._rows_seen(collector)
@@ -206,7 +216,8 @@ class LayerQuantizer:
         return [cut for cut in self.team.turns(self.samples.cuts(*x_NLD.shape[:2])) if cut is not None]
 
     def _collector(self, layer: int, own: Mapping[Reading, range]) -> Collector:
-        return Collector(self.spec.parameters(layer), own, self.recipe.routing_power, self.recipe.backend)
+        recipe = self.recipe
+        return Collector(self.spec.parameters(layer), own, recipe.routing_power, recipe.backend, pairs=recipe.pairs)
 
     def _collect(
         self,
@@ -214,6 +225,7 @@ class LayerQuantizer:
         layer: int,
         weights: LayerWeights,
         x_NLD: Stream,
+        original: Original | None,
         collector: Collector,
         takes: Mapping[Reading, list[range]],
     ) -> bool:
@@ -223,32 +235,65 @@ class LayerQuantizer:
         """
         if self.team.size == 1:
             cuts = self.pace.cut(self._cuts(x_NLD))
-            return fits(half, x_NLD, weights, self.spec, layer, tap=collector, cuts=cuts)
+            if original is None:
+                return fits(half, x_NLD, weights, self.spec, layer, tap=collector, cuts=cuts)
+            return all(fits(self._pair, half, layer, weights, x_NLD, original, cut, collector) for cut in cuts)
         sizes, mlp = widths(self.spec.parameters(layer)), self.spec.layers[layer].mlp
         if half is feed and isinstance(mlp, MoESpec):
             routed = [Source.EXPERT_IN, *([Source.SHARED_IN] if mlp.shared_gate else [])]
             read = {reading.source for reading in takes}
             takes = {**{Reading(s): [range(0)] * self.team.size for s in routed if s not in read}, **takes}
         for cut in self.team.turns(self.samples.cuts(*x_NLD.shape[:2])):
-            shown, noted = Shown(), set[Source]()
-            if cut is not None:
-                half(x_NLD, weights, self.spec, layer, tap=shown, cuts=[cut])
-            taken: list[tuple[Reading, Tensor, Routing | None]] = []
+            shown = Shown() if cut is None else self._shown(half, layer, weights, x_NLD, original, cut)
+            noted = set[Source]()
+            taken: list[tuple[Reading, Rows]] = []
             for reading, ranks in takes.items():
                 experts, width = sizes[reading.source]
                 none_RI = torch.empty(0, width, dtype=x_NLD.dtype, device=x_NLD.device)
-                x_RI, routing = shown.rows.get(reading.source, (none_RI, None))
-                parts = self.team.exchange(x_RI, routing, experts, ranks)
+                rows = shown.rows.get(reading.source, Rows(none_RI, None, None if original is None else none_RI))
+                parts = exchanged(rows, self.team, experts, ranks)
                 if reading.source not in noted:
-                    for _, how in parts:
-                        collector.note(reading.source, how)
+                    for part in parts:
+                        collector.note(reading.source, part.routing)
                 noted.add(reading.source)
-                taken += [(reading, *part) for part in parts]
+                taken += [(reading, part) for part in parts]
             shown.rows.clear()
             # only behind the exchanges: one process adds to the sums of one source, another to those of the next
-            for part in taken:
-                collector.add(*part)
+            for reading, rows in taken:
+                collector.add(reading, rows)
         return True
+
+    def _pair(
+        self,
+        half: Callable[..., None],
+        layer: int,
+        weights: LayerWeights,
+        x_NLD: Stream,
+        original: Original,
+        cut: slice | Tensor,
+        collector: Collector,
+    ) -> None:
+        for source, rows in self._shown(half, layer, weights, x_NLD, original, cut).rows.items():
+            collector.show(source, rows)
+
+    def _shown(
+        self,
+        half: Callable[..., None],
+        layer: int,
+        weights: LayerWeights,
+        x_NLD: Stream,
+        original: Original | None,
+        cut: slice | Tensor,
+    ) -> Shown:
+        """What a chunk shows, and beside it what the original has of the same tokens, by the same choice of experts."""
+        shown = Shown()
+        half_function(half, weights, self.spec, layer, x_NLD, shown)(x_NLD[cut])
+        if original is not None:
+            own, own_NLD = original
+            beside = Shown()
+            half_function(half, own, self.spec, layer, own_NLD, beside, shown.choice)(own_NLD[cut])
+            shown.pair(beside)
+        return shown
 
     def _rows_seen(self, collector: Collector) -> dict[Source, tuple[int, int]]:
         """Of each source the rows that are no numbers, and all, in the team's Hessians of one reading of it."""

@@ -21,7 +21,7 @@ from alphaquant.pipeline.convert import pick_layout
 from alphaquant.pipeline.course import Course, Job, Watch, require_equal
 from alphaquant.pipeline.distributed import SOLO, Team
 from alphaquant.pipeline.duration import foretell_seconds
-from alphaquant.pipeline.layer import LayerQuantizer, follows_original
+from alphaquant.pipeline.layer import LayerQuantizer
 from alphaquant.pipeline.log import Log, unlogged
 from alphaquant.pipeline.records import KindSummary, LayerRecord, summarize
 from alphaquant.pipeline.repair import require_routers
@@ -216,8 +216,7 @@ def foretell(
         work_dtype,
         device,
         max_memory,
-        streams=1 + follows_original(recipe, spec),
-        tunes=recipe.tuning > 0,
+        recipe=recipe,
     )
     passes = memory.passes / max(1, memory.least_passes)
     return Forecast(memory, foretell_seconds(spec, schemes, tokens, work_dtype, device, recipe, passes))
@@ -301,8 +300,7 @@ def quantize_checkpoint(
             device,
             max_memory,
             team.size,
-            streams=1 + follows_original(recipe, spec),
-            tunes=recipe.tuning > 0,
+            recipe=recipe,
         )
         limits = common_limits(team, memory.limits)
         quantizer = LayerQuantizer(spec, prepared.schemes, recipe, clock, watch, limits, team)

@@ -87,7 +87,7 @@ def culprit(half: Callable[..., None], x_1LD: Tensor, weights: LayerWeights, spe
     """Where in a half-layer a sample becomes NaN or infinite: the input or the output of a module."""
     shown = Shown()
     half(x_1LD, weights, spec, layer, tap=shown)
-    for source, (x_RI, routing) in shown.rows.items():
+    for source, (x_RI, routing, _) in shown.rows.items():
         counts = [x_RI.shape[0]] if routing is None else routing.counts_E.tolist()
         for parameter in spec.parameters(layer):
             if parameter.source is not source:

@@ -158,10 +158,10 @@ class LayerSolver:
     ) -> Outcome:
         stacked = [weights[p.key] if p.num_experts else weights[p.key][None] for p in stack.parameters]
         w_EOI = torch.cat([w[experts] for w in stacked], 1)
-        h_EII, evidence = None, None
+        h_EII, shift_EII, evidence = None, None, None
         if hessian is not None:
             places = [expert - collected.start for expert in experts]
-            h_EII = hessian.normalized(places)
+            h_EII, shift_EII = hessian.normalized(places), hessian.shift(places)
             evidence = Evidence(*(value[places] for value in hessian.evidence))
             if not bool(torch.isfinite(h_EII.sum())):
                 first = experts[int((~torch.isfinite(h_EII.sum((1, 2)))).nonzero()[0])]
@@ -178,6 +178,7 @@ class LayerSolver:
             stack.scheme,
             self.recipe,
             self.workspace_weights,
+            shift_EII=shift_EII,
             equalizes=layer is not None and self.equalizer(layer, stack) is not None,
             leans=result.leanings is not None,
         )

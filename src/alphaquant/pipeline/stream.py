@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from alphaquant.formats import Scheme
-    from alphaquant.models import LayerWeights, ModelSpec, Tap, TensorSource
+    from alphaquant.models import Choice, LayerWeights, ModelSpec, Tap, TensorSource
 
 __all__ = [
     "Bad",
@@ -113,11 +113,19 @@ class HeldStream:
         rows_NLD: where it lies.
         device: where it is worked on.
         release: gives up the memory of what was last read or written, where it is kept on disk.
+        folder: where that is.
     """
 
-    def __init__(self, rows_NLD: Tensor, device: torch.device, release: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        rows_NLD: Tensor,
+        device: torch.device,
+        release: Callable[[], None] | None = None,
+        folder: Path = Path(),
+    ) -> None:
         self.rows_NLD = rows_NLD
         self.device = device
+        self.folder = folder
         self.release = release or (lambda: None)
 
     @property
@@ -140,6 +148,14 @@ class HeldStream:
         """Replace some sequences."""
         self.rows_NLD[cut] = value.to(self.rows_NLD.device)
         self.release()
+
+    def clone(self) -> HeldStream:
+        """Another one of the same content, which lies where this one does."""
+        sequences, length, hidden = self.shape
+        other = held_stream((sequences, length, hidden), self.dtype, self.device, self.folder)
+        for cut in chunks(sequences, length):
+            other[cut] = self[cut]
+        return other
 
 
 Stream = Tensor | HeldStream
@@ -172,7 +188,7 @@ def held_stream(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
         ) from error
     rows_NLD = torch.frombuffer(pages, dtype=dtype).view(shape)
     # shared pages that are given up are kept by the file: they come back when they are read
-    return HeldStream(rows_NLD, device, lambda: pages.madvise(mmap.MADV_DONTNEED))
+    return HeldStream(rows_NLD, device, lambda: pages.madvise(mmap.MADV_DONTNEED), folder)
 
 
 def embed(ids_NL: Tensor, embedding_VD: Tensor) -> Tensor:
@@ -235,10 +251,14 @@ def half_function(
     layer: int,
     x_NLD: Stream,
     tap: Tap | None = None,
+    choice: Choice | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """What `half`, which is `attend` or `feed`, makes of sequences of a stream, not in place."""
+    """What `half`, which is `attend` or `feed`, makes of sequences of a stream, not in place.
+
+    A `choice` is the router's of these sequences' tokens.
+    """
     if half is feed:
-        return lambda x: mlp_half(x, weights, spec, layer, tap=tap)
+        return lambda x: mlp_half(x, weights, spec, layer, tap=tap, choice=choice)
     rope = rope_for(spec, x_NLD.shape[1], x_NLD.device)
     return lambda x: attention_half(x, weights, spec, layer, rope, tap=tap)
 

@@ -14,6 +14,7 @@ from alphaquant.solver.method import (
     Spending,
     experts_a_part,
     is_thin,
+    moved,
     quantize_stack,
     trusted,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "hessian_loss",
     "is_thin",
     "leanings",
+    "moved",
     "quantize_stack",
     "refine",
     "refit_scales",

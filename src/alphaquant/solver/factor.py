@@ -49,6 +49,19 @@ class Factor:
         """`D` by input column."""
         return self.curvature_EI.gather(1, self.order_EI.argsort(1))
 
+    def divided(self, x_EOI: Tensor) -> Tensor:
+        """`x H⁻¹` of the damped Hessians; columns are in natural order."""
+        order_EOI = self.order_EI[:, None].expand_as(x_EOI)
+        upper_EII = self.feedback_EII
+        # H = M D Mᵀ in walking order
+        part_EOI = torch.linalg.solve_triangular(
+            upper_EII.transpose(1, 2), x_EOI.gather(2, order_EOI), upper=False, left=False, unitriangular=True
+        )
+        part_EOI = torch.linalg.solve_triangular(
+            upper_EII, part_EOI.div_(self.curvature_EI[:, None]), upper=True, left=False, unitriangular=True
+        )
+        return torch.empty_like(x_EOI).scatter_(2, order_EOI, part_EOI)
+
     def scaled(self, scale_EI: Tensor, backend: Backend = Backend.AUTO) -> Factor:
         """The factors of `S H S` for scales of input columns, walked in the same order."""
         scale_EI = scale_EI.gather(1, self.order_EI)

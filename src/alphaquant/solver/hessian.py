@@ -69,6 +69,7 @@ class HessianSum:
     """`Σ c · x xᵀ` for each expert, stored as a sum with its weights and counts, so that parts add exactly.
 
     Half of a symmetric sum is enough: bands of rows are filled from the diagonal on, and mirrored when they are read.
+    Beside it there may be `Σ c · (x₀ - x)ᵀ x`, of what the original model has in place of each row.
 
     Args:
         num_experts: 1 for a linear that sees every token.
@@ -76,6 +77,7 @@ class HessianSum:
         power: rows weigh `score ** power` (MoEQuant's affinity-guided Hessian is power 1).
         device: where the sums live.
         backend: what sums.
+        pairs: whether rows come with the original's.
     """
 
     def __init__(
@@ -85,23 +87,38 @@ class HessianSum:
         power: float,
         device: torch.device | str = "cpu",
         backend: Backend = Backend.AUTO,
+        *,
+        pairs: bool = False,
     ) -> None:
         self._backend = backend
         self._upper_EII = torch.zeros(num_experts, in_features, in_features, device=device)
+        self._shift_EII = torch.zeros_like(self._upper_EII) if pairs else None
         self._evidence = EvidenceSum(num_experts, power)
 
-    def add(self, x_RI: Tensor, counts: list[int] | None = None, score_R: Tensor | None = None) -> None:
+    def add(
+        self,
+        x_RI: Tensor,
+        counts: list[int] | None = None,
+        score_R: Tensor | None = None,
+        original_RI: Tensor | None = None,
+    ) -> None:
         """Add rows, sorted by expert with `counts` rows each; `score_R` are their routing scores in the same order."""
         counts = [x_RI.shape[0]] if counts is None else counts
         weight_R = self._evidence.add(counts, score_R)
         if x_RI.shape[0] == 0:
             return
+        weights = [None] * len(counts) if weight_R is None else weight_R.split(counts)
+        if self._shift_EII is not None:
+            assert original_RI is not None
+            pairs = zip(x_RI.split(counts), original_RI.split(counts), strict=True)
+            for shift_II, (rows_RI, original), weight in zip(self._shift_EII, pairs, weights, strict=True):
+                if rows_RI.shape[0]:
+                    _add_shift(shift_II, rows_RI, original, weight)
         kernels = kernels_for(x_RI, self._backend)
         if kernels is not None and kernels.sums(x_RI):
             counts_E = torch.tensor(counts, device=x_RI.device)
             kernels.add_grams(self._upper_EII, x_RI.contiguous(), counts_E, weight_R)
             return
-        weights = [None] * len(counts) if weight_R is None else weight_R.split(counts)
         for upper_II, rows_RI, weight in zip(self._upper_EII, x_RI.split(counts), weights, strict=True):
             if rows_RI.shape[0]:
                 _add_gram(upper_II, rows_RI, weight)
@@ -113,10 +130,17 @@ class HessianSum:
 
     def normalized(self, experts: list[int] | None = None) -> Tensor:
         """Mean Hessians `[E, I, I]` a unit of weight, of some experts or of all; zero for one that saw nothing."""
+        sum_EII = self.sum_EII if experts is None else mirrored(self._upper_EII[experts])
+        return self._mean(sum_EII, experts)
+
+    def shift(self, experts: list[int]) -> Tensor | None:
+        """Means of `(x₀ - x)ᵀ x`, `[E, I, I]` a unit of weight, of some experts; None without the original's rows."""
+        return None if self._shift_EII is None else self._mean(self._shift_EII[experts], experts)
+
+    def _mean(self, sum_EII: Tensor, experts: list[int] | None) -> Tensor:
         weight_E = self._evidence.weight_E.clamp_min(torch.finfo(torch.float32).tiny).float()
-        some = slice(None) if experts is None else experts
-        sum_EII = self.sum_EII if experts is None else mirrored(self._upper_EII[some])
-        return sum_EII.div_(weight_E[some].to(sum_EII.device)[:, None, None])
+        weight_E = weight_E if experts is None else weight_E[experts]
+        return sum_EII.div_(weight_E.to(sum_EII.device)[:, None, None])
 
     @property
     def evidence(self) -> Evidence:
@@ -136,6 +160,21 @@ def _add_gram(upper_II: Tensor, x_RI: Tensor, weight_R: Tensor | None) -> None:
     rounded once to bf16 for weighted ones. Zero rows fill up to a multiple of `_ROWS`: CPU libraries compile a kernel
     for each new number of rows, which costs more than the zeros.
     """
+    rows_RI = _weighed(x_RI, weight_R)
+    with bf16_products(x_RI):
+        for start, end in bands(x_RI.shape[1]):
+            upper_II[start:end, start:].addmm_(rows_RI[:, start:end].T, rows_RI[:, start:])
+
+
+def _add_shift(shift_II: Tensor, x_RI: Tensor, original_RI: Tensor, weight_R: Tensor | None) -> None:
+    """`shift += (x₀ - x)ᵀ diag(weight) x`, as `_add_gram` does it."""
+    missing_RI = _weighed(original_RI.float() - x_RI.float(), weight_R)
+    with bf16_products(x_RI):
+        shift_II.addmm_(missing_RI.T, _weighed(x_RI, weight_R))
+
+
+def _weighed(x_RI: Tensor, weight_R: Tensor | None) -> Tensor:
+    """Rows in fp32 times √weight, filled up with zeros."""
     num_rows, in_features = x_RI.shape
     rows_RI = torch.empty(-(-num_rows // _ROWS) * _ROWS, in_features, device=x_RI.device)
     rows_RI[num_rows:] = 0
@@ -143,6 +182,4 @@ def _add_gram(upper_II: Tensor, x_RI: Tensor, weight_R: Tensor | None) -> None:
         rows_RI[:num_rows] = x_RI
     else:
         torch.mul(x_RI, weight_R.sqrt()[:, None], out=rows_RI[:num_rows])
-    with bf16_products(x_RI):
-        for start, end in bands(in_features):
-            upper_II[start:end, start:].addmm_(rows_RI[:, start:end].T, rows_RI[:, start:])
+    return rows_RI

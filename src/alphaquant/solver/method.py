@@ -39,6 +39,7 @@ __all__ = [
     "Spending",
     "experts_a_part",
     "is_thin",
+    "moved",
     "quantize_stack",
     "trusted",
 ]
@@ -109,6 +110,8 @@ class Recipe:
         rtn_below: experts with fewer effective samples than this share of their inputs are rounded to nearest.
         repair_router: refit each layer's router to the logits of the original model's.
         equalize: scale the hidden channels of feed-forward blocks so that `down` loses less, and `up` makes up for it.
+        asymmetric_target: how far weights move, before they are quantized, toward what makes of the quantized model's
+            inputs the outputs that they make of the original's: not at all, 1 all the way; see `moved`.
         tune_steps: by gradient, of all linears of a half-layer together; None: what the effort spends.
         backend: what runs the inner loops; speed only, up to the order of sums.
     """
@@ -124,8 +127,14 @@ class Recipe:
     rtn_below: float = 1 / 32
     repair_router: bool = False
     equalize: bool = True
+    asymmetric_target: float = 0.0
     tune_steps: int | None = None
     backend: Backend = Backend.AUTO
+
+    @property
+    def pairs(self) -> bool:
+        """Whether inputs are paired with the original model's."""
+        return self.method is Method.GPTQ and self.asymmetric_target > 0
 
     @property
     def tuning(self) -> int:
@@ -173,6 +182,7 @@ def quantize_stack(
     recipe: Recipe,
     workspace: int = WORKSPACE_WEIGHTS,
     *,
+    shift_EII: Tensor | None = None,
     equalizes: bool = False,
     leans: bool = False,
 ) -> Outcome:
@@ -185,6 +195,7 @@ def quantize_stack(
         scheme: number format and groups.
         recipe: settings.
         workspace: weights solved at a time; memory only.
+        shift_EII: means of `(x₀ - x)ᵀ x`, of the original's inputs x₀; what is quantized then are weights as `moved`.
         equalizes: whether columns may be scaled, where the recipe says so; see `Outcome.scale_EI`.
         leans: whether `Outcome.leaning_EOI` is wanted.
     """
@@ -211,6 +222,7 @@ def quantize_stack(
                 scheme,
                 recipe,
                 workspace,
+                shift_EII=None if shift_EII is None else shift_EII[index],
                 rounded=is_rounded,
                 equalizes=equalizes and recipe.equalize,
                 leans=leans,
@@ -230,6 +242,22 @@ def trusted(h_EII: Tensor, effective_E: Tensor, recipe: Recipe) -> tuple[Tensor,
     return shrink(h_EII, effective_E, recipe.shrinkage * in_features), damping_E
 
 
+def moved(w_EOI: Tensor, shift_EII: Tensor, factor: Factor, strength: float) -> Tensor:
+    """Weights that make of inputs x what `w` makes of the original's x₀, as nearly as damped least squares can.
+
+    `w + strength · w (x₀ - x)ᵀx (xᵀx + λ)⁻¹`, fp32: the target of GPTAQ (Li et al. 2025, arXiv 2504.02692) and Qronos
+    (Zhang et al. 2025, arXiv 2505.11695) before anything is rounded.
+
+    Args:
+        w_EOI: weights.
+        shift_EII: means of `(x₀ - x)ᵀ x`.
+        factor: of the damped mean Hessian `xᵀx`.
+        strength: 1 for all the way.
+    """
+    w_EOI = w_EOI.float()
+    return w_EOI + strength * factor.divided(w_EOI @ shift_EII)
+
+
 def is_thin(effective_E: Tensor, in_features: int, recipe: Recipe) -> Tensor:
     """Whether the evidence is too thin for GPTQ, so that an expert is rounded to nearest."""
     return effective_E < recipe.rtn_below * in_features
@@ -243,6 +271,7 @@ def _quantize_part(
     recipe: Recipe,
     workspace: int,
     *,
+    shift_EII: Tensor | None,
     rounded: bool,
     equalizes: bool,
     leans: bool,
@@ -256,6 +285,8 @@ def _quantize_part(
             factor = factorize(h_EII, damping_E, act_order=recipe.act_order, backend=recipe.backend)
             damping_E = factor.damping_E
         damped_EII = damp(h_EII, damping_E)
+        if factor is not None and shift_EII is not None:
+            w_EOI = moved(w_EOI, shift_EII, factor, recipe.asymmetric_target)
         if equalizes and factor is not None:
             scale_EI = equalizing_scales(w_EOI, factor.in_natural_order(), scheme)
             factor = factor.scaled(scale_EI, recipe.backend)
