@@ -160,21 +160,6 @@ def _add_gram(upper_II: Tensor, x_RI: Tensor, weight_R: Tensor | None) -> None:
     rounded once to bf16 for weighted ones. Zero rows fill up to a multiple of `_ROWS`: CPU libraries compile a kernel
     for each new number of rows, which costs more than the zeros.
     """
-    rows_RI = _weighed(x_RI, weight_R)
-    with bf16_products(x_RI):
-        for start, end in bands(x_RI.shape[1]):
-            upper_II[start:end, start:].addmm_(rows_RI[:, start:end].T, rows_RI[:, start:])
-
-
-def _add_shift(shift_II: Tensor, x_RI: Tensor, original_RI: Tensor, weight_R: Tensor | None) -> None:
-    """`shift += (x₀ - x)ᵀ diag(weight) x`, as `_add_gram` does it."""
-    missing_RI = _weighed(original_RI.float() - x_RI.float(), weight_R)
-    with bf16_products(x_RI):
-        shift_II.addmm_(missing_RI.T, _weighed(x_RI, weight_R))
-
-
-def _weighed(x_RI: Tensor, weight_R: Tensor | None) -> Tensor:
-    """Rows in fp32 times √weight, filled up with zeros."""
     num_rows, in_features = x_RI.shape
     rows_RI = torch.empty(-(-num_rows // _ROWS) * _ROWS, in_features, device=x_RI.device)
     rows_RI[num_rows:] = 0
@@ -182,4 +167,22 @@ def _weighed(x_RI: Tensor, weight_R: Tensor | None) -> Tensor:
         rows_RI[:num_rows] = x_RI
     else:
         torch.mul(x_RI, weight_R.sqrt()[:, None], out=rows_RI[:num_rows])
-    return rows_RI
+    with bf16_products(x_RI):
+        for start, end in bands(in_features):
+            upper_II[start:end, start:].addmm_(rows_RI[:, start:end].T, rows_RI[:, start:])
+
+
+def _add_shift(shift_II: Tensor, x_RI: Tensor, original_RI: Tensor, weight_R: Tensor | None) -> None:
+    """`shift += (x₀ - x)ᵀ diag(weight) x`, rows filled up as for `_add_gram`.
+
+    Of bf16 rows the product is bf16, too, and summed in fp32: what that rounds is far below what chance leaves in it.
+    """
+    num_rows, in_features = x_RI.shape
+    dtype = torch.bfloat16 if x_RI.dtype is torch.bfloat16 else torch.float32
+    shape = 2, -(-num_rows // _ROWS) * _ROWS, in_features
+    rows_RI, missing_RI = torch.zeros(shape, dtype=dtype, device=x_RI.device)
+    rows_RI[:num_rows] = x_RI
+    torch.sub(original_RI, rows_RI[:num_rows], out=missing_RI[:num_rows])
+    if weight_R is not None:
+        missing_RI[:num_rows] *= weight_R[:, None]
+    shift_II += missing_RI.T @ rows_RI
