@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alphaquant.solver import HessianSum
+from alphaquant.solver import Backend, HessianSum, native
 from alphaquant.solver.hessian import EvidenceSum
 
 EXPERTS, TOKENS, SIZE = 6, 200, 24
@@ -92,6 +92,23 @@ def test_what_the_original_has_is_summed_beside(power: float, dtype: torch.dtype
         assert float((in_parts[place].double() - truth).abs().max()) < tolerance * scale
     assert found[2].equal(torch.zeros(SIZE, SIZE)), "it saw nothing"
     assert collected(routed, power).shift([0]) is None
+
+
+@pytest.mark.skipif(not native.has_tiles(), reason="no AMX")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_tiles_sum_what_the_original_has(*, weighted: bool) -> None:
+    counts, size = [300, 0, 1, 33, 700], 96
+    generator = torch.Generator().manual_seed(2)
+    x_RI = torch.randn(sum(counts), size, generator=generator).bfloat16()
+    original_RI = (x_RI + 0.1 * torch.randn(x_RI.shape, generator=generator)).bfloat16()
+    score_R = torch.rand(len(x_RI), generator=generator) if weighted else None
+    found = []
+    for backend in (Backend.NATIVE, Backend.TORCH):
+        total = HessianSum(len(counts), size, 1.0, backend=backend, pairs=True)
+        total.add(x_RI, counts, score_R, original_RI)
+        found.append(total.shift([0, 1, 2, 3, 4]))
+    tiles, plain = found
+    assert bool(((tiles - plain).abs().amax((1, 2)) <= 5e-3 * plain.abs().amax((1, 2))).all())
 
 
 @each_power

@@ -107,16 +107,22 @@ class HessianSum:
         weight_R = self._evidence.add(counts, score_R)
         if x_RI.shape[0] == 0:
             return
+        kernels = kernels_for(x_RI, self._backend)
+        if kernels is not None and not kernels.sums(x_RI):
+            kernels = None
+        counts_E = torch.tensor(counts, device=x_RI.device)
         weights = [None] * len(counts) if weight_R is None else weight_R.split(counts)
         if self._shift_EII is not None:
             assert original_RI is not None
-            pairs = zip(x_RI.split(counts), original_RI.split(counts), strict=True)
-            for shift_II, (rows_RI, original), weight in zip(self._shift_EII, pairs, weights, strict=True):
-                if rows_RI.shape[0]:
-                    _add_shift(shift_II, rows_RI, original, weight)
-        kernels = kernels_for(x_RI, self._backend)
-        if kernels is not None and kernels.sums(x_RI):
-            counts_E = torch.tensor(counts, device=x_RI.device)
+            missing_RI = original_RI.to(x_RI.dtype) - x_RI
+            if kernels is not None and hasattr(kernels, "add_products"):
+                kernels.add_products(self._shift_EII, missing_RI, x_RI.contiguous(), counts_E, weight_R)
+            else:
+                parts = zip(self._shift_EII, missing_RI.split(counts), x_RI.split(counts), weights, strict=True)
+                for shift_II, missing, rows_RI, weight in parts:
+                    scaled_RI = rows_RI.float() if weight is None else rows_RI * weight[:, None]
+                    shift_II.addmm_(missing.float().T, scaled_RI)
+        if kernels is not None:
             kernels.add_grams(self._upper_EII, x_RI.contiguous(), counts_E, weight_R)
             return
         for upper_II, rows_RI, weight in zip(self._upper_EII, x_RI.split(counts), weights, strict=True):
@@ -170,19 +176,3 @@ def _add_gram(upper_II: Tensor, x_RI: Tensor, weight_R: Tensor | None) -> None:
     with bf16_products(x_RI):
         for start, end in bands(in_features):
             upper_II[start:end, start:].addmm_(rows_RI[:, start:end].T, rows_RI[:, start:])
-
-
-def _add_shift(shift_II: Tensor, x_RI: Tensor, original_RI: Tensor, weight_R: Tensor | None) -> None:
-    """`shift += (x₀ - x)ᵀ diag(weight) x`, rows filled up as for `_add_gram`.
-
-    Of bf16 rows the product is bf16, too, and summed in fp32: what that rounds is far below what chance leaves in it.
-    """
-    num_rows, in_features = x_RI.shape
-    dtype = torch.bfloat16 if x_RI.dtype is torch.bfloat16 else torch.float32
-    shape = 2, -(-num_rows // _ROWS) * _ROWS, in_features
-    rows_RI, missing_RI = torch.zeros(shape, dtype=dtype, device=x_RI.device)
-    rows_RI[:num_rows] = x_RI
-    torch.sub(original_RI, rows_RI[:num_rows], out=missing_RI[:num_rows])
-    if weight_R is not None:
-        missing_RI[:num_rows] *= weight_R[:, None]
-    shift_II += missing_RI.T @ rows_RI

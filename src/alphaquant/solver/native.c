@@ -636,30 +636,35 @@ void descend_tiles(const float *w, const float *step, const float *zero, float *
     }
 }
 
-/* Rows of bf16 [R, I], each times a root and rounded again, as the right matrix of a product and, line by line the
-   transpose of it, as the left one: [panels of I, steps, (right, left), 16] lines. A part is a step: rows begin … end,
-   32 at most, of one expert. */
-void pack_rows(const uint16_t *x, const float *root, const int64_t *begin, const int64_t *end, Pairs *packed,
-               int64_t columns, int64_t steps, int64_t first, int64_t last) {
+/* 32 rows of 16 columns from `begin`, those behind `end` being zeros, each times a root and rounded again. */
+static inline void pack_step(const uint16_t *x, const float *root, int64_t begin, int64_t end, int64_t columns,
+                             Pairs *line) {
+    for (int64_t i = 0; i < SIDE; i++) {
+        Pairs half[2] = {0};
+        for (int64_t k = 0, row = begin + 2 * i; k < 2 && row < end; k++, row++) {
+            for (int c = 0; c < SIDE; c++) half[k][c] = (uint32_t)x[row * columns + c] << 16;
+            if (root) half[k] = to_bf16((Vector)half[k] * root[row]);
+        }
+        line[i] = half[0] >> 16 | half[1];
+    }
+}
+
+/* Rows of bf16 [R, I] as the right matrix of a product and, line by line the transpose of it, as the left one, or the
+   rows of `other` as that: [panels of I, steps, (right, left), 16] lines. A part is a step: rows begin … end, 32 at
+   most, of one expert. */
+void pack_rows(const uint16_t *x, const uint16_t *other, const float *root, const int64_t *begin, const int64_t *end,
+               Pairs *packed, int64_t columns, int64_t steps, int64_t first, int64_t last) {
     for (int64_t step = first; step < last; step++)
         for (int64_t panel = 0; panel < columns / SIDE; panel++) {
-            Pairs line[SIDE];
-            for (int64_t i = 0; i < SIDE; i++) {
-                Pairs half[2] = {0};
-                for (int64_t k = 0, row = begin[step] + 2 * i; k < 2 && row < end[step]; k++, row++) {
-                    const uint16_t *from = x + row * columns + panel * SIDE;
-                    for (int c = 0; c < SIDE; c++) half[k][c] = (uint32_t)from[c] << 16;
-                    if (root) half[k] = to_bf16((Vector)half[k] * root[row]);
-                }
-                line[i] = half[0] >> 16 | half[1];
-            }
-            Pairs *to = packed + (panel * steps + step) * STEP;
+            Pairs line[SIDE], *to = packed + (panel * steps + step) * STEP;
+            pack_step(x + panel * SIDE, root, begin[step], end[step], columns, line);
             memcpy(to, line, sizeof line);
+            if (other) pack_step(other + panel * SIDE, root, begin[step], end[step], columns, line);
             transpose(line, to + SIDE);
         }
 }
 
-/* Adds the Gram matrices of packed rows to the sums [E, I, I]: of each band of columns what lies right of its first.
+/* Adds the products of packed rows to the sums [E, I, I]: of each band of columns what lies right of its first.
    Steps of expert e are starts[e] … starts[e + 1]. A part is 32 lines of an expert from `expert` on; long and short
    ones take turns, for threads. */
 void add_grams(const Pairs *packed, const int64_t *starts, float *sums, int64_t columns, int64_t steps, int64_t band,

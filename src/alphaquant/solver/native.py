@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Rest",
     "add_grams",
+    "add_products",
     "descend_block",
     "draw_places",
     "has_tiles",
@@ -321,7 +322,19 @@ def add_grams(upper_EII: Tensor, x_RI: Tensor, counts_E: Tensor, weight_R: Tenso
         counts_E: rows of each expert, int64.
         weight_R: fp32; None: all one.
     """
-    num_experts, size, _ = upper_EII.shape
+    _add_products(upper_EII, x_RI, None, counts_E, weight_R, width_of(upper_EII.shape[1]))
+
+
+def add_products(sum_EII: Tensor, other_RI: Tensor, x_RI: Tensor, counts_E: Tensor, weight_R: Tensor | None) -> None:
+    """Add `Σ weight · other xᵀ` of each expert's rows to its sum; rows of both are as for `add_grams`."""
+    _add_products(sum_EII, x_RI, other_RI, counts_E, weight_R, sum_EII.shape[1])
+
+
+def _add_products(
+    sum_EII: Tensor, x_RI: Tensor, other_RI: Tensor | None, counts_E: Tensor, weight_R: Tensor | None, band: int
+) -> None:
+    """Of each band of columns what lies right of its first."""
+    num_experts, size, _ = sum_EII.shape
     root_R = None if weight_R is None else weight_R.sqrt()
     # S: steps of 32 rows, of which the last of each expert may be short
     expert_S, begin_S, end_S = blocks_of(counts_E, STEP)
@@ -332,13 +345,13 @@ def add_grams(upper_EII: Tensor, x_RI: Tensor, counts_E: Tensor, weight_R: Tenso
         num_steps = len(expert_S[part])
         first, last = int(expert_S[part][0]), int(expert_S[part][-1])
         packed = torch.empty(num_steps * size * STEP)  # rows and their transposes
-        rows = (x_RI, root_R, begin_S[part], end_S[part], packed)
+        rows = (x_RI, other_RI, root_R, begin_S[part], end_S[part], packed)
         run_parts(_SOURCE, "pack_rows", rows, [*map(ctypes.c_int64, (size, num_steps))], num_steps, STEP * size * _PACK)
         inner_E = (starts_E - start).clamp(0, num_steps)
-        sizes = (size, num_steps, width_of(size), first)
+        sizes = (size, num_steps, band, first)
         cost = num_steps * STEP**2 * size / (last - first + 1) / _PRODUCT
         total = (last - first + 1) * (size // STEP)
-        run_parts(_SOURCE, "add_grams", (packed, inner_E, upper_EII), [*map(ctypes.c_int64, sizes)], total, cost)
+        run_parts(_SOURCE, "add_grams", (packed, inner_E, sum_EII), [*map(ctypes.c_int64, sizes)], total, cost)
 
 
 def _over_tiles(name: str, tensors: Sequence[Tensor | None], columns: Columns, cut: slice, fmt: Format) -> None:
