@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _PLAN_KEYS = {"default", "overrides", "comment", "$schema"}
+_LEAST = {"block_size": 1, "tune_steps": 0}  # of settings that count
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +67,15 @@ class GPTQConfig(Recipe):
                 _require(isinstance(value, bool), setting.name, value, "True or False")
             elif value is None and default is None:
                 pass
-            elif isinstance(default, int | None):
-                least = 1 if setting.name == "block_size" else 0
+            elif setting.name in _LEAST:
+                least = _LEAST[setting.name]
                 is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
                 _require(is_count, setting.name, value, f"an integer from {least} on")
             else:
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                most, expected = math.inf, "a number from 0 on"
-                if setting.name == "asymmetric_target":
-                    most, expected = 1, "a number from 0 to 1"
-                _require(is_number and 0 <= value <= most and value != math.inf, setting.name, value, expected)
+                is_share = setting.name == "asymmetric_target"
+                is_possible = is_number and 0 <= value < math.inf and (value <= 1 or not is_share)
+                _require(is_possible, setting.name, value, f"a number from 0 {'to 1' if is_share else 'on'}")
 
 
 def _member(kind: type[Enum], value: object, name: str) -> Enum:
