@@ -54,10 +54,12 @@ VARIANTS = {
     "no refinement": Variant(spending=replace(USUAL, sweeps=0)),
     "plain GPTQ": Variant(spending=Spending()),
     "no equalization": Variant({"equalize": False}),
-    "--asymmetric-target .25": Variant({"asymmetric_target": 0.25}),
+    "--asymmetric-target .2": Variant({"asymmetric_target": 0.2}),
     "--asymmetric-target 1": Variant({"asymmetric_target": 1.0}),
     "--tune-steps 96": Variant({"tune_steps": 96}),
-    "--effort best --tune-steps 0": Variant({"effort": "best", "tune_steps": 0}),
+    "--effort best --tune-steps 0 --asymmetric-target 0": Variant(
+        {"effort": "best", "tune_steps": 0, "asymmetric_target": 0.0}
+    ),
     "natural order": Variant({"act_order": False}),
     "damping .01 for all": Variant({"damping_evidence": 0.0}),
     "shrinkage I/16": Variant({"shrinkage": 1 / 16}),
