@@ -56,10 +56,9 @@ VARIANTS = {
     "no equalization": Variant({"equalize": False}),
     "--asymmetric-target .2": Variant({"asymmetric_target": 0.2}),
     "--asymmetric-target 1": Variant({"asymmetric_target": 1.0}),
+    "--effort best --asymmetric-target .2": Variant({"effort": "best", "asymmetric_target": 0.2}),
     "--tune-steps 96": Variant({"tune_steps": 96}),
-    "--effort best --tune-steps 0 --asymmetric-target 0": Variant(
-        {"effort": "best", "tune_steps": 0, "asymmetric_target": 0.0}
-    ),
+    "--effort best --tune-steps 0": Variant({"effort": "best", "tune_steps": 0}),
     "natural order": Variant({"act_order": False}),
     "damping .01 for all": Variant({"damping_evidence": 0.0}),
     "shrinkage I/16": Variant({"shrinkage": 1 / 16}),

@@ -48,8 +48,8 @@ class Largest(HessianSum):
 
     num_bytes = 0
 
-    def __init__(self, num_experts, in_features, *args):
-        super().__init__(num_experts, in_features, *args)
+    def __init__(self, num_experts, in_features, *args, **rest):
+        super().__init__(num_experts, in_features, *args, **rest)
         Largest.num_bytes = max(Largest.num_bytes, 4 * num_experts * in_features**2)
 
 

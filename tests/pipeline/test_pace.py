@@ -21,8 +21,8 @@ def device_of(num_samples, monkeypatch):
     """A device whose memory holds so many samples of a feed-forward, and no more; returns what went through it."""
     sizes = []
 
-    def half(x_NLD, *args, tap=None):
-        out = mlp_half(x_NLD, *args, tap=tap)  # a tap has seen some of it by then
+    def half(x_NLD, *args, tap=None, **rest):
+        out = mlp_half(x_NLD, *args, tap=tap, **rest)  # a tap has seen some of it by then
         sizes.append((len(x_NLD), tap is None))
         if len(x_NLD) > num_samples:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -59,11 +59,11 @@ def test_what_has_moved_on_does_not_move_again(olmoe, text, tmp_path, monkeypatc
     whole = tiny.quantize(olmoe, tmp_path / "whole", SCHEME, text, recipe=Recipe())
     calls = []
 
-    def half(x_NLD, *args, tap=None):
+    def half(x_NLD, *args, tap=None, **rest):
         calls.append(len(x_NLD))
         if tap is None and len(x_NLD) > 3 and sum(size > 3 for size in calls) % 5 == 0:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return mlp_half(x_NLD, *args, tap=tap)
+        return mlp_half(x_NLD, *args, tap=tap, **rest)
 
     monkeypatch.setattr(stream, "mlp_half", half)
     found = tiny.quantize(olmoe, tmp_path / "out", SCHEME, text, recipe=Recipe())

@@ -103,8 +103,8 @@ class CountedHessian(HessianSum):
 
     made: list[CountedHessian] = []  # noqa: RUF012
 
-    def __init__(self, num_experts, in_features, *args):
-        super().__init__(num_experts, in_features, *args)
+    def __init__(self, num_experts, in_features, *args, **rest):
+        super().__init__(num_experts, in_features, *args, **rest)
         self.rows = 0
         CountedHessian.made.append(self)
 

@@ -226,11 +226,10 @@ def test_in_memory_it_is_the_same(run, text):
 
 def test_who_pairs():
     assert not Recipe().pairs
-    assert Recipe(effort=Effort.BEST).target == 0.2
-    assert not Recipe(effort=Effort.BEST, asymmetric_target=0.0).pairs
+    assert not Recipe(effort=Effort.BEST).pairs
     assert Recipe(asymmetric_target=0.25).pairs
     assert not Recipe(asymmetric_target=0.25, method=Method.RTN).pairs
-    assert GPTQConfig(asymmetric_target=1).target == 1
+    assert GPTQConfig(asymmetric_target=1).pairs
     for value in (-0.1, 1.5, "much"):
         with pytest.raises(ConfigError, match=f"asymmetric_target is {value!r}"):
             GPTQConfig(asymmetric_target=value)

@@ -110,9 +110,9 @@ def quantize(
         typer.Option(min=0, help="Tune each half-layer by gradient; 96 by --effort best, else 0."),
     ] = None,
     asymmetric_target: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Move weights toward the original's outputs; .2 by --effort best, else 0."),
-    ] = None,
+        float,
+        typer.Option(min=0, max=1, help="Move weights toward the original's outputs first: .2 is a good strength."),
+    ] = 0.0,
     rotate: RotateOpt = Rotate.NONE,
     kernels: Annotated[Backend, typer.Option(help="Inner loops; auto: Triton on a GPU, C on a CPU.")] = Backend.AUTO,
     layout: Annotated[Format, typer.Option("--format", help="Layout; auto: the most widely served.")] = Format.AUTO,

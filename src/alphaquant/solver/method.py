@@ -71,7 +71,6 @@ class Spending:
         shifts: more walks with all scales shifted so many times `_SHIFT / 2^bits`, relatively.
         refits: more walks with the scales refitted to the best codes so far.
         sweeps: of refinement: over all groups, scale first, then codes.
-        target: how far weights move toward the original's outputs first.
         tuning: steps by gradient, of all linears of a half-layer together.
     """
 
@@ -79,7 +78,6 @@ class Spending:
     shifts: tuple[int, ...] = ()
     refits: int = 0
     sweeps: int = 0
-    target: float = 0.0
     tuning: int = 0
 
     @property
@@ -91,7 +89,7 @@ class Spending:
 SPENDING = {
     Effort.FAST: Spending(search=False),
     Effort.DEFAULT: Spending(shifts=(1,), refits=1, sweeps=2),
-    Effort.BEST: Spending(shifts=(1, -1), refits=3, sweeps=6, target=0.2, tuning=96),
+    Effort.BEST: Spending(shifts=(1, -1), refits=3, sweeps=6, tuning=96),
 }
 _SHIFT = 0.6
 
@@ -113,7 +111,7 @@ class Recipe:
         repair_router: refit each layer's router to the logits of the original model's.
         equalize: scale the hidden channels of feed-forward blocks so that `down` loses less, and `up` makes up for it.
         asymmetric_target: how far weights move, before they are quantized, toward what makes of the quantized model's
-            inputs the outputs that they make of the original's: 0 not at all, 1 all the way; None: as the effort says.
+            inputs the outputs that they make of the original's: 0 not at all, 1 all the way.
         tune_steps: by gradient, of all linears of a half-layer together; None: what the effort spends.
         backend: what runs the inner loops; speed only, up to the order of sums.
     """
@@ -129,21 +127,14 @@ class Recipe:
     rtn_below: float = 1 / 32
     repair_router: bool = False
     equalize: bool = True
-    asymmetric_target: float | None = None
+    asymmetric_target: float = 0.0
     tune_steps: int | None = None
     backend: Backend = Backend.AUTO
 
     @property
     def pairs(self) -> bool:
         """Whether inputs are paired with the original model's."""
-        return self.target > 0
-
-    @property
-    def target(self) -> float:
-        """Strength of the asymmetric target: none where nothing is to be calibrated."""
-        if self.method is Method.RTN:
-            return 0.0
-        return SPENDING[self.effort].target if self.asymmetric_target is None else self.asymmetric_target
+        return self.method is Method.GPTQ and self.asymmetric_target > 0
 
     @property
     def tuning(self) -> int:
@@ -295,7 +286,7 @@ def _quantize_part(
             damping_E = factor.damping_E
         damped_EII = damp(h_EII, damping_E)
         if factor is not None and shift_EII is not None:
-            w_EOI = moved(w_EOI, shift_EII, factor, recipe.target)
+            w_EOI = moved(w_EOI, shift_EII, factor, recipe.asymmetric_target)
         if equalizes and factor is not None:
             scale_EI = equalizing_scales(w_EOI, factor.in_natural_order(), scheme)
             factor = factor.scaled(scale_EI, recipe.backend)
