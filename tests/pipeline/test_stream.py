@@ -108,9 +108,9 @@ class CountedHessian(HessianSum):
         self.rows = 0
         CountedHessian.made.append(self)
 
-    def add(self, x_RI, counts=None, score_R=None):
+    def add(self, x_RI, counts=None, score_R=None, original_RI=None):
         self.rows += x_RI.shape[0]
-        super().add(x_RI, counts, score_R)
+        super().add(x_RI, counts, score_R, original_RI)
 
 
 @pytest.mark.parametrize(
