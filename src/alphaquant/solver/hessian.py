@@ -102,7 +102,10 @@ class HessianSum:
         score_R: Tensor | None = None,
         original_RI: Tensor | None = None,
     ) -> None:
-        """Add rows, sorted by expert with `counts` rows each; `score_R` are their routing scores in the same order."""
+        """Add rows, sorted by expert with `counts` rows each.
+
+        In the same order go their routing scores, `score_R`, and what the original model has in place of each row.
+        """
         counts = [x_RI.shape[0]] if counts is None else counts
         weight_R = self._evidence.add(counts, score_R)
         if x_RI.shape[0] == 0:
