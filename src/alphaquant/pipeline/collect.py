@@ -159,6 +159,11 @@ class Collector:
         """See `alphaquant.models.Tap`."""
         self.show(source, Rows(x.flatten(0, -2), routing))
 
+    def take(self, shown: Shown) -> None:
+        """Add all that a chunk showed."""
+        for source, rows in shown.rows.items():
+            self.show(source, rows)
+
     def show(self, source: Source, rows: Rows) -> None:
         """Add all rows of a source."""
         x_RI, routing, original_RI = rows

@@ -237,7 +237,11 @@ class LayerQuantizer:
             cuts = self.pace.cut(self._cuts(x_NLD))
             if original is None:
                 return fits(half, x_NLD, weights, self.spec, layer, tap=collector, cuts=cuts)
-            return all(fits(self._pair, half, layer, weights, x_NLD, original, cut, collector) for cut in cuts)
+
+            def pair(cut: slice | Tensor) -> None:
+                collector.take(self._shown(half, layer, weights, x_NLD, original, cut))
+
+            return all(fits(pair, cut) for cut in cuts)
         sizes, mlp = widths(self.spec.parameters(layer)), self.spec.layers[layer].mlp
         if half is feed and isinstance(mlp, MoESpec):
             routed = [Source.EXPERT_IN, *([Source.SHARED_IN] if mlp.shared_gate else [])]
@@ -262,19 +266,6 @@ class LayerQuantizer:
             for reading, rows in taken:
                 collector.add(reading, rows)
         return True
-
-    def _pair(
-        self,
-        half: Callable[..., None],
-        layer: int,
-        weights: LayerWeights,
-        x_NLD: Stream,
-        original: Original,
-        cut: slice | Tensor,
-        collector: Collector,
-    ) -> None:
-        for source, rows in self._shown(half, layer, weights, x_NLD, original, cut).rows.items():
-            collector.show(source, rows)
 
     def _shown(
         self,
