@@ -41,8 +41,8 @@ FACE = [
 OPTIONS = {
     "quantize": """MODEL --output --save --config --scheme --bits --size --formats --table --validate --method --effort
         --calib --nsamples --seqlen --seed --balance --routing-weight --repair-router --tune-steps --asymmetric-target
-        --rotate --kernels --format --engine --tp --gpu --legalize --device --dtype --overwrite --fresh --max-memory
-        --dry-run --strict --log-json --verbose --quiet --json""",
+        --permute --rotate --kernels --format --engine --tp --gpu --legalize --device --dtype --overwrite --fresh
+        --max-memory --dry-run --strict --log-json --verbose --quiet --json""",
     "status": "OUT --json",
     "eval": """DIR --data --seqlen --windows --against --rtn --tasks --limit --fewshot --task-path --device --dtype
         --quiet --json""",
@@ -88,6 +88,7 @@ def test_defaults_are_those_of_the_command():
         "--repair-router": recipe.repair_router,
         "--tune-steps": recipe.tune_steps,
         "--asymmetric-target": recipe.asymmetric_target,
+        "--permute": recipe.permute.value,
         "--kernels": recipe.backend.value,
         "--nsamples": calibration.num_samples,
         "--seqlen": calibration.seqlen,

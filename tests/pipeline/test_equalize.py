@@ -8,7 +8,7 @@ import torch
 from alphaquant.models import read_layer
 from alphaquant.pipeline import prepare
 from alphaquant.pipeline.layer import LayerQuantizer, Limits
-from alphaquant.solver import Recipe
+from alphaquant.solver import Permute, Recipe
 from models.families import zoo
 
 from . import tiny
@@ -51,6 +51,23 @@ def test_the_layer_computes_the_same(get, family):
     assert (equalized - plain).norm() / plain.norm() < 0.03  # two roundings to eight bits
 
 
+@pytest.mark.parametrize("equalize", [False, True])
+@pytest.mark.parametrize("permute", [Permute.RANGE, Permute.IMPORTANCE])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_channels_that_change_places_compute_the_same(get, family, permute, *, equalize):
+    fine = {"default": {"wq": "int8", "group_size": 32}}
+    directory = get(family).path
+    plain, *_ = layer_of(directory, fine, Recipe(equalize=False, rtn_below=0), 0.7)
+    recipe = Recipe(equalize=equalize, permute=permute, rtn_below=0)
+    permuted, _, before, after = layer_of(directory, fine, recipe, 0.7)
+    for key in [key for key in before if "gate_proj" in key]:
+        nearest = torch.cdist(after[key], before[key]).argmin(-1)
+        places = torch.arange(nearest.shape[-1])
+        assert (nearest != places).float().mean() > 0.9
+        assert torch.equal(nearest.sort(-1).values, places.expand_as(nearest))
+    assert (permuted - plain).norm() / plain.norm() < 0.03  # two roundings to eight bits
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_how_hidden_channels_are_spread_does_not_matter(get, family):
     directory, coarse = get(family).path, {"default": {"wq": "int3", "group_size": 32}}
@@ -65,10 +82,12 @@ def test_how_hidden_channels_are_spread_does_not_matter(get, family):
     assert mean(equalized, 0.0) < mean(plain, 0.0)
 
 
-def test_what_is_worked_on_together_changes_nothing(get):
+@pytest.mark.parametrize("permute", Permute)
+def test_what_is_worked_on_together_changes_nothing(get, permute):
     directory, plan = get("olmoe").path, {"default": {"wq": "int3", "group_size": 32}}
-    whole, losses, _, weights = layer_of(directory, plan, Recipe(rtn_below=0), 0.7)
-    parts, same, _, others = layer_of(directory, plan, Recipe(rtn_below=0), 0.7, SMALL)
+    recipe = Recipe(permute=permute, rtn_below=0)
+    whole, losses, _, weights = layer_of(directory, plan, recipe, 0.7)
+    parts, same, _, others = layer_of(directory, plan, recipe, 0.7, SMALL)
     assert torch.equal(whole, parts)
     assert losses == same
     assert all(torch.equal(weights[key], others[key]) for key in weights)
@@ -81,6 +100,22 @@ def test_what_cannot_be_made_up_for_is_left(get, override):
     plan = {"default": {"wq": "int3", "group_size": 32}, "overrides": [override]}
     directory = get("olmoe").path
     plain = layer_of(directory, plan, Recipe(equalize=False, rtn_below=0), 0.7)
-    found = layer_of(directory, plan, Recipe(rtn_below=0), 0.7)
+    found = layer_of(directory, plan, Recipe(permute=Permute.RANGE, rtn_below=0), 0.7)
     assert torch.equal(plain[0], found[0])
     assert plain[1] == found[1]
+
+
+def test_places_stay_where_a_gate_is_not_quantized(get):
+    plan = {
+        "default": {"wq": "int3", "group_size": 32},
+        "overrides": [{"pattern": "*.1.gate_proj", "skip": True}, {"pattern": "*.experts.2.down_proj", "wq": "int4"}],
+    }
+    before, after = layer_of(get("olmoe").path, plan, Recipe(permute=Permute.RANGE, rtn_below=0), 0.7)[2:]
+    key = next(key for key in before if "gate_proj" in key)
+    moved = [
+        (torch.cdist(a, b).argmin(-1) != torch.arange(len(a))).any()
+        for a, b in zip(after[key], before[key], strict=True)
+    ]
+    assert not any(moved[expert] for expert in range(len(moved)) if expert != 2)
+    assert moved[2]
+    assert torch.equal(after[key][1], before[key][1])

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from alphaquant.errors import NumericsError
 from alphaquant.pipeline import layer as layer_module
 from alphaquant.pipeline import run_status, stream
-from alphaquant.solver import Recipe
+from alphaquant.solver import Permute, Recipe
 from pipeline import tiny
 from soak.forks import OWN_ERROR, result_of, start, wait
 
@@ -41,7 +41,7 @@ CASES = {
                 {"pattern": "*.experts.[4-5].*", "skip": False, "wq": "fp8", "aq": "fp8", "group_size": -1},
             ],
         },
-        "recipe": Recipe(asymmetric_target=1.0),
+        "recipe": Recipe(asymmetric_target=1.0, permute=Permute.RANGE),
     },
     "mixtral": {"plan": tiny.HUMMING_PLAN, "calibrated": False, "num_local_experts": 3},
 }

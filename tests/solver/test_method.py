@@ -342,8 +342,8 @@ def test_weights_move_to_the_least_squares_of_the_originals_outputs(*, act_order
 
 
 @each_scheme
-@pytest.mark.parametrize("equalizes", [False, True])
-def test_what_is_lost_before_is_made_up_for(*, scheme: Scheme, equalizes: bool) -> None:
+@pytest.mark.parametrize("moves", [False, True])
+def test_what_is_lost_before_is_made_up_for(*, scheme: Scheme, moves: bool) -> None:
     columns = max(COLUMNS, scheme.group_size)
     x, original, h, shift = paired(columns=columns)
     w = oracle.weights(EXPERTS, 16, columns)
@@ -351,7 +351,7 @@ def test_what_is_lost_before_is_made_up_for(*, scheme: Scheme, equalizes: bool) 
     recipe = Recipe(asymmetric_target=1.0)
 
     def error(shift: Tensor | None) -> Tensor:
-        outcome = quantize_stack(w, h, plenty, scheme, recipe, shift_EII=shift, equalizes=equalizes)
+        outcome = quantize_stack(w, h, plenty, scheme, recipe, shift_EII=shift, moves=moves)
         made = (x * outcome.scale_EI[:, None]) @ dequantize(outcome.quantized).mT
         return (made - original @ w.mT).square().sum((1, 2))
 

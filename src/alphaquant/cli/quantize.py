@@ -67,7 +67,7 @@ from alphaquant.pipeline import (
     torch_device,
     turned,
 )
-from alphaquant.solver import Backend, Effort, Method, Recipe
+from alphaquant.solver import Backend, Effort, Method, Permute, Recipe
 from alphaquant.terminal import out, print_forecast, print_notes, print_result, print_sizes, progress_bar
 
 if TYPE_CHECKING:
@@ -113,6 +113,9 @@ def quantize(
         float,
         typer.Option(min=0, max=1, help="Move weights toward the original's outputs first: .2 is a good strength."),
     ] = 0.0,
+    permute: Annotated[
+        Permute, typer.Option(help="Sort hidden channels of feed-forward blocks: which of them share a group.")
+    ] = Permute.NONE,
     rotate: RotateOpt = Rotate.NONE,
     kernels: Annotated[Backend, typer.Option(help="Inner loops; auto: Triton on a GPU, C on a CPU.")] = Backend.AUTO,
     layout: Annotated[Format, typer.Option("--format", help="Layout; auto: the most widely served.")] = Format.AUTO,
@@ -173,6 +176,7 @@ def quantize(
         routing_power=routing_weight,
         repair_router=repair_router,
         asymmetric_target=asymmetric_target,
+        permute=permute,
         tune_steps=tune_steps,
         backend=kernels,
     )

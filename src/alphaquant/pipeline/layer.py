@@ -20,7 +20,7 @@ from alphaquant.pipeline.pace import Pace, fits
 from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RepairRecord, RoutingRecord, TuningRecord
 from alphaquant.pipeline.repair import ROUTER, refit_router
 from alphaquant.pipeline.samples import MOST, Samples, culprit, rows_left_out
-from alphaquant.pipeline.solving import LayerSolver, QuantizedLayer
+from alphaquant.pipeline.solving import LayerSolver, Moves, QuantizedLayer
 from alphaquant.pipeline.stream import Clock, attend, chunks, feed, half_function, silent
 from alphaquant.pipeline.tuning import Objective, Tunable, taken_apart, tune
 from alphaquant.solver import WORKSPACE_WEIGHTS, HessianSum
@@ -320,32 +320,37 @@ class LayerQuantizer:
         collector: Collector,
         result: QuantizedLayer,
     ) -> None:
-        """Solve what this process takes, and let `up` make up for what any process scaled in `down`."""
+        """Solve what this process takes, and let `up` and gate make up for what any process moved in `down`."""
         for reading, ranks in takes.items():
-            own, scale_EI = ranks[self.team.rank], None
+            own, moves = ranks[self.team.rank], None
             same = [stack for stack in stacks if stack.reading == reading]
             if own:
                 hessian = collector.hessians.pop(reading, None)
-                scale_EI = self.solver.solve(layer, weights, same, own, hessian, result)
+                moves = self.solver.solve(layer, weights, same, own, hessian, result)
             for stack in same:
-                self._make_up(layer, weights, stack, ranks, scale_EI)
+                self._make_up(layer, weights, stack, ranks, moves)
 
     def _make_up(
-        self, layer: int, weights: LayerWeights, stack: Stack, ranks: Sequence[range], scale_EI: Tensor | None
+        self, layer: int, weights: LayerWeights, stack: Stack, ranks: Sequence[range], moves: Moves | None
     ) -> None:
-        """Scale the rows of `up` that feed the columns which each process scaled; `scale` is this one's."""
-        up = self.solver.equalizer(layer, stack)
-        if up is None:
+        """Move the rows of `up` and gate that feed the columns which each process moved; `moves` are this one's."""
+        feeders = self.solver.feeders(layer, stack)
+        if not feeders:
             return
-        target_EOI = weights[up.key] if up.num_experts else weights[up.key][None]
         for rank, share in enumerate(ranks):
             experts = [expert for expert in stack.experts if expert in share]
-            if experts:
-                part_EO = target_EOI.new_empty(len(experts), up.shape[0], dtype=torch.float32)
-                if rank == self.team.rank and scale_EI is not None:
-                    part_EO = scale_EI[[expert - share.start for expert in experts]]
-                self.team.spread(part_EO, rank)
-                target_EOI[experts] = (target_EOI[experts] * part_EO[..., None]).to(target_EOI.dtype)
+            if not experts:
+                continue
+            part = Moves.none(len(experts), feeders[0].shape[0], weights[feeders[0].key].device)
+            if rank == self.team.rank and moves is not None:
+                part = Moves(*(move[[expert - share.start for expert in experts]] for move in moves))
+            for move in part:
+                self.team.spread(move, rank)
+            for feeder, scale_EI in zip(feeders, (part.scale_EI, torch.ones_like(part.scale_EI)), strict=True):
+                target_EOI = weights[feeder.key] if feeder.num_experts else weights[feeder.key][None]
+                rows_EOI = target_EOI[experts]
+                rows_EOI = rows_EOI.gather(1, part.channel_EI[..., None].expand_as(rows_EOI))
+                target_EOI[experts] = (rows_EOI * scale_EI[..., None]).to(target_EOI.dtype)
 
     def _follow(
         self,

@@ -57,6 +57,19 @@ class Stack(NamedTuple):
         return Reading(self.source, self.scheme.inputs)
 
 
+class Moves(NamedTuple):
+    """How columns moved before they were quantized; see `Outcome`. Shapes `[E, I]`."""
+
+    channel_EI: Tensor
+    scale_EI: Tensor
+
+    @classmethod
+    def none(cls, num_experts: int, in_features: int, device: torch.device) -> Moves:
+        """All columns in their places, and as they were."""
+        channel_EI = torch.arange(in_features, device=device).repeat(num_experts, 1)
+        return cls(channel_EI, torch.ones(num_experts, in_features, device=device))
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSolver:
     """Solves linears of one model, given the Hessians of their inputs.
@@ -96,21 +109,21 @@ class LayerSolver:
             stacks.setdefault((source, scheme, tuple(members)), []).append(expert)
         return [Stack(source, scheme, members, tuple(e)) for (source, scheme, members), e in stacks.items()]
 
-    def equalizer(self, layer: int, stack: Stack) -> Parameter | None:
-        """The `up` whose rows make up for what the columns of a stack of `down` are scaled by; None: these are left.
+    def feeders(self, layer: int | None, stack: Stack) -> list[Parameter]:
+        """`up` and gate, whose rows make up for moves of the columns of a stack of `down`; none where these must stay.
 
-        Both must be quantized, for scales that are kept in bf16 would cost what they gain, and inputs not be rounded.
+        All must be quantized, for what is kept in bf16 would lose by scales and is not written. Inputs must not be
+        rounded.
         """
         role = stack.parameters[0].role
-        if not self.recipe.equalize or not role.endswith(_DOWN) or stack.scheme.inputs != Inputs():
-            return None
+        if layer is None or not self.recipe.moves or not role.endswith(_DOWN) or stack.scheme.inputs != Inputs():
+            return []
         parameters = {(p.role, p.leaf): p for p in self.spec.parameters(layer)}
-        up = role.removesuffix(_DOWN) + "up_proj"
-        if (up, "bias") in parameters:
-            return None
-        found = parameters[up, "weight"]
-        names = self.names(layer, found)
-        return found if all(self.schemes[names[expert]] is not None for expert in stack.experts) else None
+        roles = [role.removesuffix(_DOWN) + part for part in ("up_proj", "gate_proj")]
+        found = [parameters[role, "weight"] for role in roles]
+        names = [self.names(layer, parameter)[expert] for parameter in found for expert in stack.experts]
+        has_bias = any((role, "bias") in parameters for role in roles)
+        return [] if has_bias or any(self.schemes[name] is None for name in names) else found
 
     def solve(
         self,
@@ -120,16 +133,16 @@ class LayerSolver:
         collected: range,
         hessian: HessianSum | None,
         result: QuantizedLayer,
-    ) -> Tensor:
+    ) -> Moves:
         """Solve the `collected` experts of all stacks that read one source alike, part by part.
 
         Their de-quantized weights are put in place.
 
         Returns:
-            What their inputs must be multiplied by, `[E, I]` for so many experts: ones where there is no `equalizer`.
+            How their columns moved: not at all where there are no `feeders`.
         """
-        in_features = stacks[0].parameters[0].shape[1]
-        scale_EI = torch.ones(len(collected), in_features, device=weights[stacks[0].parameters[0].key].device)
+        first = stacks[0].parameters[0]
+        moves = Moves.none(len(collected), first.shape[1], weights[first.key].device)
         for stack in stacks:
             experts = [expert for expert in stack.experts if expert in collected]
             rows = sum(parameter.shape[0] for parameter in stack.parameters)
@@ -137,8 +150,9 @@ class LayerSolver:
             for start in range(0, len(experts), at_once):
                 part = experts[start : start + at_once]
                 outcome = self._solve_part(layer, weights, stack, part, collected, hessian, result)
-                scale_EI[[expert - collected.start for expert in part]] = outcome.scale_EI
-        return scale_EI
+                places = [expert - collected.start for expert in part]
+                moves.channel_EI[places], moves.scale_EI[places] = outcome.channel_EI, outcome.scale_EI
+        return moves
 
     def round(self, weights: LayerWeights, parameter: Parameter, scheme: Scheme, result: QuantizedLayer) -> None:
         """Round one matrix that has no input to calibrate on, and put another in its place."""
@@ -179,7 +193,7 @@ class LayerSolver:
             self.recipe,
             self.workspace_weights,
             shift_EII=shift_EII,
-            equalizes=layer is not None and self.equalizer(layer, stack) is not None,
+            moves=bool(self.feeders(layer, stack)),
             leans=result.leanings is not None,
         )
         new_EOI = dequantize(outcome.quantized, w_EOI.dtype)

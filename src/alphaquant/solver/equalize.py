@@ -1,10 +1,11 @@
-"""Equalizing columns before they are quantized: what one is divided by, its input is multiplied by.
+"""Free moves of columns before they are quantized: places that they change, and scales that their inputs make up for.
 
 Shapes: E experts, O rows, I columns, G groups of N columns.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
     from alphaquant.formats import Scheme
 
-__all__ = ["equalizing_scales"]
+__all__ = ["Permute", "channel_order", "equalizing_scales"]
 
 _SQUARINGS = 3
 _POWER = 2**_SQUARINGS  # of the norm that stands for the largest weight of a group
@@ -22,6 +23,28 @@ _STEPS = 6
 _CALM = 100.0  # with columns that cost so many times the median one a matrix is left as it is
 _LEAST_SHARE = 1e-6
 _TINY = 1e-30
+
+
+class Permute(Enum):
+    """By what hidden channels are put in order, so that those of a group are alike."""
+
+    NONE = "none"
+    RANGE = "range"  # their largest weight
+    IMPORTANCE = "importance"  # what a rounding error of theirs costs
+
+
+def channel_order(w_EOI: Tensor, curvature_EI: Tensor, by: Permute) -> Tensor:
+    """Order of columns, int64 `[E, I]` of place → column, falling; stable for ties.
+
+    Args:
+        w_EOI: weights, not changed.
+        curvature_EI: `D` of the factorised Hessian, in natural order; see `factorize`.
+        by: what to sort by.
+    """
+    if by is Permute.NONE:
+        return torch.arange(w_EOI.shape[2], device=w_EOI.device).repeat(len(w_EOI), 1)
+    key_EI = w_EOI.float().abs().amax(1) if by is Permute.RANGE else curvature_EI
+    return key_EI.argsort(dim=1, descending=True, stable=True)
 
 
 def equalizing_scales(w_EOI: Tensor, curvature_EI: Tensor, scheme: Scheme) -> Tensor:

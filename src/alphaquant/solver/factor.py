@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Factor", "damp", "factorize", "shrink"]
+__all__ = ["Factor", "damp", "factorize", "reorder", "shrink"]
 
 _BLOCK = 128  # columns that are factorised together
 _RETRIES = 4
@@ -61,6 +61,10 @@ class Factor:
             upper_EII, part_EOI.div_(self.curvature_EI[:, None]), upper=True, left=False, unitriangular=True
         )
         return torch.empty_like(x_EOI).scatter_(2, order_EOI, part_EOI)
+
+    def reordered(self, order_EI: Tensor) -> Factor:
+        """The factors where input column `order[i]` has become column `i`, walked in the same order."""
+        return replace(self, order_EI=order_EI.argsort(1).gather(1, self.order_EI))
 
     def scaled(self, scale_EI: Tensor, backend: Backend = Backend.AUTO) -> Factor:
         """The factors of `S H S` for scales of input columns, walked in the same order."""
@@ -121,7 +125,7 @@ def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True, backe
         order_EI = torch.arange(size, device=h_EII.device).repeat(num_experts, 1)
     # in the opposite order, so that flipping both axes turns the lower Cholesky factor into the upper one
     opposite_EI = order_EI.flip(1)
-    damped_EII = _reorder(damp(h_EII, damping_E), opposite_EI)
+    damped_EII = reorder(damp(h_EII, damping_E), opposite_EI)
     chol_EII, has_failed_E = _cholesky(damped_EII)
     failed = has_failed_E.nonzero()[:, 0]
     for _ in range(_RETRIES):
@@ -129,7 +133,7 @@ def factorize(h_EII: Tensor, damping_E: Tensor, *, act_order: bool = True, backe
             break
         damping_E[failed] = (damping_E[failed] * _RETRY_FACTOR).clamp_min(_FIRST_RETRY)
         retries_E[failed] += 1
-        damped_EII[failed] = _reorder(damp(h_EII[failed], damping_E[failed]), opposite_EI[failed])
+        damped_EII[failed] = reorder(damp(h_EII[failed], damping_E[failed]), opposite_EI[failed])
         chol_EII[failed], has_failed_E = _cholesky(damped_EII[failed])
         failed = failed[has_failed_E]
     if failed.numel() > 0:
@@ -180,6 +184,7 @@ def _cholesky(h_EII: Tensor) -> tuple[Tensor, Tensor]:
     return chol_EII.tril_(), has_failed_E
 
 
-def _reorder(h_EII: Tensor, order_EI: Tensor) -> Tensor:
+def reorder(h_EII: Tensor, order_EI: Tensor) -> Tensor:
+    """Both axes of Hessians in another order: place → input column."""
     rows = h_EII.gather(1, order_EI[:, :, None].expand_as(h_EII))
     return rows.gather(2, order_EI[:, None, :].expand_as(h_EII))

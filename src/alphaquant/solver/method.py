@@ -15,8 +15,8 @@ from alphaquant.formats import ScaleKind, matrix_scale, round_scale
 from alphaquant.numerics import rough_product
 from alphaquant.solver import native
 from alphaquant.solver.backend import Backend
-from alphaquant.solver.equalize import equalizing_scales
-from alphaquant.solver.factor import Factor, damp, factorize, shrink
+from alphaquant.solver.equalize import Permute, channel_order, equalizing_scales
+from alphaquant.solver.factor import Factor, damp, factorize, reorder, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.refine import leanings, refine, refit_scales
 from alphaquant.solver.rtn import round_to_nearest
@@ -110,6 +110,7 @@ class Recipe:
         rtn_below: experts with fewer effective samples than this share of their inputs are rounded to nearest.
         repair_router: refit each layer's router to the logits of the original model's.
         equalize: scale the hidden channels of feed-forward blocks so that `down` loses less, and `up` makes up for it.
+        permute: what hidden channels of feed-forward blocks are sorted by, so that those alike share groups of `down`.
         asymmetric_target: how far weights move, before they are quantized, toward what makes of the quantized model's
             inputs the outputs that they make of the original's: 0 not at all, 1 all the way.
         tune_steps: by gradient, of all linears of a half-layer together; None: what the effort spends.
@@ -127,6 +128,7 @@ class Recipe:
     rtn_below: float = 1 / 32
     repair_router: bool = False
     equalize: bool = True
+    permute: Permute = Permute.NONE
     asymmetric_target: float = 0.0
     tune_steps: int | None = None
     backend: Backend = Backend.AUTO
@@ -135,6 +137,11 @@ class Recipe:
     def pairs(self) -> bool:
         """Whether inputs are paired with the original model's."""
         return self.method is Method.GPTQ and self.asymmetric_target > 0
+
+    @property
+    def moves(self) -> bool:
+        """Whether hidden channels of feed-forward blocks move before they are quantized."""
+        return self.equalize or self.permute is not Permute.NONE
 
     @property
     def tuning(self) -> int:
@@ -155,7 +162,8 @@ class Outcome:
         damping_E: damping used; zero where rounded to nearest.
         retries_E: how often the damping was raised to make the factorisation succeed.
         fallback_E: true where GPTQ was asked for and the evidence was too thin.
-        scale_EI: what the inputs must be multiplied by; codes are those of weights divided by it.
+        channel_EI: the input column that each column of the codes was.
+        scale_EI: what the inputs must be multiplied by, in that order; codes are those of weights divided by it.
         leaning_EOI: see `leanings`; None where nobody asked.
     """
 
@@ -165,6 +173,7 @@ class Outcome:
     damping_E: Tensor
     retries_E: Tensor
     fallback_E: Tensor
+    channel_EI: Tensor
     scale_EI: Tensor
     leaning_EOI: Tensor | None = None
 
@@ -183,7 +192,7 @@ def quantize_stack(
     workspace: int = WORKSPACE_WEIGHTS,
     *,
     shift_EII: Tensor | None = None,
-    equalizes: bool = False,
+    moves: bool = False,
     leans: bool = False,
 ) -> Outcome:
     """Quantize a stack of matrices; experts and rows go through in parts that bound the workspace.
@@ -196,7 +205,7 @@ def quantize_stack(
         recipe: settings.
         workspace: weights solved at a time; memory only.
         shift_EII: means of `(x₀ - x)ᵀ x`, of the original's inputs x₀; what is quantized then are weights as `moved`.
-        equalizes: whether columns may be scaled, where the recipe says so; see `Outcome.scale_EI`.
+        moves: whether columns may change places and be scaled, where the recipe says so; see `Outcome.scale_EI`.
         leans: whether `Outcome.leaning_EOI` is wanted.
     """
     num_experts, out_features, in_features = w_EOI.shape
@@ -224,7 +233,7 @@ def quantize_stack(
                 workspace,
                 shift_EII=None if shift_EII is None else shift_EII[index],
                 rounded=is_rounded,
-                equalizes=equalizes and recipe.equalize,
+                moves=moves,
                 leans=leans,
             )
             parts.append(replace(part, fallback_E=fallback_E[experts]))
@@ -273,11 +282,12 @@ def _quantize_part(
     *,
     shift_EII: Tensor | None,
     rounded: bool,
-    equalizes: bool,
+    moves: bool,
     leans: bool,
 ) -> Outcome:
     num_experts, _, in_features = w_EOI.shape
     nothing_E = torch.zeros(num_experts)
+    channel_EI = torch.arange(in_features, device=w_EOI.device).repeat(num_experts, 1)
     scale_EI = torch.ones(num_experts, in_features, device=w_EOI.device)
     factor, damped_EII, packed_EII = None, None, None
     if h_EII is not None and damping_E is not None:
@@ -287,7 +297,11 @@ def _quantize_part(
         damped_EII = damp(h_EII, damping_E)
         if factor is not None and shift_EII is not None:
             w_EOI = moved(w_EOI, shift_EII, factor, recipe.asymmetric_target)
-        if equalizes and factor is not None:
+        if moves and recipe.permute is not Permute.NONE and factor is not None:
+            channel_EI = channel_order(w_EOI, factor.in_natural_order(), recipe.permute)
+            factor, damped_EII = factor.reordered(channel_EI), reorder(damped_EII, channel_EI)
+            w_EOI = w_EOI.gather(2, channel_EI[:, None].expand_as(w_EOI))
+        if moves and recipe.equalize and factor is not None:
             scale_EI = equalizing_scales(w_EOI, factor.in_natural_order(), scheme)
             factor = factor.scaled(scale_EI, recipe.backend)
             damped_EII *= scale_EI[:, :, None] * scale_EI[:, None]
@@ -308,12 +322,13 @@ def _quantize_part(
             damping_E=nothing_E if factor is None else factor.damping_E.cpu(),
             retries_E=nothing_E.long() if factor is None else factor.retries_E.cpu(),
             fallback_E=nothing_E.bool(),
+            channel_EI=channel_EI,
             scale_EI=scale_EI,
             leaning_EOI=leanings(w_part_EOI, damped_EII, solution.quantized) if leans else None,
         )
         parts.append(outcome)
     together = _map(lambda *x: torch.cat(x, 1) if x[0].ndim > 1 else x[0], parts)
-    return replace(together, scale_EI=scale_EI)
+    return replace(together, channel_EI=channel_EI, scale_EI=scale_EI)
 
 
 def _solve_rows(
@@ -396,7 +411,16 @@ def _map(join: Callable[..., Tensor], parts: list[Outcome]) -> Outcome:
         ),
         **{
             name: each(name, parts)
-            for name in ("loss_EO", "energy_EO", "damping_E", "retries_E", "fallback_E", "scale_EI", "leaning_EOI")
+            for name in (
+                "loss_EO",
+                "energy_EO",
+                "damping_E",
+                "retries_E",
+                "fallback_E",
+                "channel_EI",
+                "scale_EI",
+                "leaning_EOI",
+            )
             if getattr(parts[0], name) is not None
         },
     )
