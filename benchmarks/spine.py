@@ -6,7 +6,8 @@
 Each peer is the Python of an environment of its own (`--shared` holds the scripts that run it); without one it is
 left out. `--layer` takes the time of one layer of OLMoE's widths instead, with 8 experts of random weights and 32 × 256
 tokens. Everything runs with `--threads` threads. Seconds leave out start-up, loading the tokenizer's text and, for
-the peers, reading and writing the model; for alphaquant they take reading and writing in. Prints JSON.
+the peers, reading and writing the model; for alphaquant they take reading and writing in. `--solver` compares the
+seconds of Hessians and solver alone, ours and llm-compressor's. Prints JSON.
 """
 
 from __future__ import annotations
@@ -19,10 +20,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+import alphaquant
+from alphaquant.pipeline import Calibration
+from alphaquant.solver import HessianSum
 
 ALPHAQUANT = "alphaquant"
 
@@ -79,17 +86,49 @@ def ours(args: argparse.Namespace, bits: int, seed: int, effort: str, *, quality
     return row
 
 
-def peer(args: argparse.Namespace, tool: str, bits: int, seed: int, *, batched: int = 0) -> dict[str, float]:
+def solver_seconds(args: argparse.Namespace, effort: str) -> dict[str, float]:
+    """Of a run in this process, what Hessians took and what factors, scales, walks and refinement did."""
+    spent, add = 0.0, HessianSum.add
+
+    def timed(*rows: object) -> None:
+        nonlocal spent
+        begin = time.perf_counter()
+        add(*rows)
+        spent += time.perf_counter() - begin
+
+    torch.set_num_threads(args.threads)
+    calibration = Calibration(str(args.shared / "data" / "wikitext2" / "train.txt"), args.nsamples, 256)
+    plan = {"default": {"wq": "int4", "group_size": 64}}
+    HessianSum.add = timed
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            config = alphaquant.GPTQConfig(effort=effort)
+            run = alphaquant.quantize(args.model, f"{folder}/out", plan, gptq_config=config, calibration=calibration)
+    finally:
+        HessianSum.add = add
+    return {"hessian": spent, "solve": run.report["seconds"]["solve"]}
+
+
+def peer(args: argparse.Namespace, tool: str, bits: int, seed: int, *, batched: int = 0) -> dict[str, Any]:
     script = args.shared / "peers" / {"llmcompressor": "llmcompressor_gptq.py", "gptqmodel": "gptqmodel_gptq.py"}[tool]
     data = args.shared / "data" / "wikitext2"
     options = ["--bits", str(bits), "--seed", str(seed), "--calib", str(data / "train.txt")]
     options += ["--nsamples", str(args.nsamples), "--windows", str(300 if args.quality else 1)]
     options += ["--batched", str(batched)] if batched else []
     with tempfile.TemporaryDirectory() as folder:
-        command = [getattr(args, tool), str(script), str(args.model), *options, "--data", str(data / "valid.txt")]
+        timer = [str(Path(__file__).parent / "peers" / "time_llmcompressor.py")] if args.solver else []
+        command = [
+            getattr(args, tool),
+            *timer,
+            str(script),
+            str(args.model),
+            *options,
+            "--data",
+            str(data / "valid.txt"),
+        ]
         output = run(command, args.threads, Path(folder))
-    line = next(line for line in output.splitlines() if line.startswith("RESULT "))
-    return json.loads(line.removeprefix("RESULT "))
+    lines = dict(line.split(" ", 1) for line in output.splitlines() if line.startswith(("RESULT ", "SOLVER ")))
+    return json.loads(lines["RESULT"]) | ({"solver": json.loads(lines["SOLVER"])} if args.solver else {})
 
 
 def main() -> None:
@@ -103,6 +142,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--quality", action="store_true", help="measure perplexity and KL")
     parser.add_argument("--speed", action="store_true", help="measure time, interleaved")
+    parser.add_argument("--solver", action="store_true", help="measure Hessians and solver alone, in turn")
     args = parser.parse_args()
     args.shared = args.shared.resolve()
     args.model, args.nsamples = args.shared / "models" / "tiny-olmoe", 128
@@ -144,6 +184,15 @@ def results(args: argparse.Namespace) -> dict[str, object]:
             for name in medians
             if name.startswith(ALPHAQUANT) and not tool.startswith(ALPHAQUANT)
         }
+    if args.solver:
+        parts: dict[str, list[dict[str, float]]] = {}
+        for pair in range(args.pairs):
+            for effort in ("fast", "default"):
+                parts.setdefault(f"{ALPHAQUANT} --effort {effort}", []).append(solver_seconds(args, effort))
+            for batched in {0, args.batched or 0} if args.llmcompressor else ():
+                took = peer(args, "llmcompressor", 4, pair, batched=batched)["solver"]
+                parts.setdefault(f"llmcompressor, batched {batched}" if batched else "llmcompressor", []).append(took)
+        result["solver"] = parts
     return result
 
 

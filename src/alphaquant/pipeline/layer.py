@@ -23,7 +23,7 @@ from alphaquant.pipeline.samples import MOST, Samples, culprit, rows_left_out
 from alphaquant.pipeline.solving import LayerSolver, Moves, QuantizedLayer
 from alphaquant.pipeline.stream import Clock, attend, chunks, feed, half_function, silent
 from alphaquant.pipeline.tuning import Objective, Tunable, taken_apart, tune
-from alphaquant.solver import WORKSPACE_WEIGHTS, HessianSum
+from alphaquant.solver import WORKSPACE_WEIGHTS, HessianSum, Permute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -346,11 +346,12 @@ class LayerQuantizer:
                 part = Moves(*(move[[expert - share.start for expert in experts]] for move in moves))
             for move in part:
                 self.team.spread(move, rank)
-            for feeder, scale_EI in zip(feeders, (part.scale_EI, torch.ones_like(part.scale_EI)), strict=True):
-                target_EOI = weights[feeder.key] if feeder.num_experts else weights[feeder.key][None]
-                rows_EOI = target_EOI[experts]
-                rows_EOI = rows_EOI.gather(1, part.channel_EI[..., None].expand_as(rows_EOI))
-                target_EOI[experts] = (rows_EOI * scale_EI[..., None]).to(target_EOI.dtype)
+            up, gate = (weights[p.key] if p.num_experts else weights[p.key][None] for p in feeders)
+            for expert, channel_I, scale_I in zip(experts, *part, strict=True):
+                if self.recipe.permute is not Permute.NONE:
+                    for target_EOI in (up, gate):
+                        target_EOI[expert] = target_EOI[expert].index_select(0, channel_I)
+                up[expert] = up[expert] * scale_I[:, None]
 
     def _follow(
         self,
