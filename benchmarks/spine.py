@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save_file
 
 import alphaquant
+from alphaquant.numerics import keep_freed_memory
 from alphaquant.pipeline import Calibration
 from alphaquant.solver import HessianSum
 
@@ -97,6 +98,7 @@ def solver_seconds(args: argparse.Namespace, effort: str) -> dict[str, float]:
         spent += time.perf_counter() - begin
 
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as the command does
     calibration = Calibration(str(args.shared / "data" / "wikitext2" / "train.txt"), args.nsamples, 256)
     plan = {"default": {"wq": "int4", "group_size": 64}}
     HessianSum.add = timed
