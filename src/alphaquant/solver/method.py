@@ -5,7 +5,7 @@ Shapes: E experts, O rows, I columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -410,17 +410,8 @@ def _map(join: Callable[..., Tensor], parts: list[Outcome]) -> Outcome:
             global_scale=None if first.global_scale is None else each("global_scale", quantized),
         ),
         **{
-            name: each(name, parts)
-            for name in (
-                "loss_EO",
-                "energy_EO",
-                "damping_E",
-                "retries_E",
-                "fallback_E",
-                "channel_EI",
-                "scale_EI",
-                "leaning_EOI",
-            )
-            if getattr(parts[0], name) is not None
+            field.name: each(field.name, parts)
+            for field in fields(Outcome)
+            if field.name != "quantized" and getattr(parts[0], field.name) is not None
         },
     )
