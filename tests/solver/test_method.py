@@ -262,6 +262,9 @@ def test_damping_follows_the_evidence_but_never_below_its_floor() -> None:
     effective[:] = torch.tensor([32.0, 64.0, 640.0, 6400.0, 64000.0])
     outcome = quantize_stack(w, h, effective, Scheme(FORMATS["int4"], 32), Recipe(damping=0.005))
     assert outcome.damping_E.tolist() == pytest.approx([0.2, 0.1, 0.01, 0.005, 0.005])
+    recipe = Recipe(damping=0.005, tuned_damping=0.05)
+    tuned = quantize_stack(w, h, effective, Scheme(FORMATS["int4"], 32), recipe, leans=True)
+    assert tuned.damping_E.tolist() == pytest.approx([0.2, 0.1, 0.05, 0.05, 0.05])
 
 
 def test_retries_and_the_damping_that_was_used_are_recorded() -> None:

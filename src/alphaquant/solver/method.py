@@ -104,6 +104,7 @@ class Recipe:
         act_order: walk columns by falling Hessian diagonal, groups staying where they are.
         block_size: columns that are walked before their errors reach the rest; speed only.
         damping: least damping, relative to the mean diagonal.
+        tuned_damping: the same where codes are tuned afterwards, which makes up for what it costs.
         damping_evidence: damping is at least this times inputs / effective samples.
         shrinkage: Hessians are mixed with so many samples' worth of their own diagonal, as a share of the inputs.
         routing_power: a routed row weighs its score to this power.
@@ -122,6 +123,7 @@ class Recipe:
     act_order: bool = True
     block_size: int = 128
     damping: float = 0.01
+    tuned_damping: float = 0.3
     damping_evidence: float = 0.1
     shrinkage: float = 0.0
     routing_power: float = 1.0
@@ -206,7 +208,7 @@ def quantize_stack(
         workspace: weights solved at a time; memory only.
         shift_EII: means of `(x₀ - x)ᵀ x`, of the original's inputs x₀; what is quantized then are weights as `moved`.
         moves: whether columns may change places and be scaled, where the recipe says so; see `Outcome.scale_EI`.
-        leans: whether `Outcome.leaning_EOI` is wanted.
+        leans: whether codes are tuned afterwards, so that `Outcome.leaning_EOI` is wanted.
     """
     num_experts, out_features, in_features = w_EOI.shape
     if h_EII is None or effective_E is None or recipe.method is Method.RTN:
@@ -223,7 +225,7 @@ def quantize_stack(
             index = experts.to(w_EOI.device)
             h_part, damping_E = None, None
             if h_EII is not None and effective_E is not None:
-                h_part, damping_E = trusted(h_EII[index], effective_E[experts], recipe)
+                h_part, damping_E = trusted(h_EII[index], effective_E[experts], recipe, is_tuned=leans)
             part = _quantize_part(
                 w_EOI[index],
                 h_part,
@@ -241,13 +243,13 @@ def quantize_stack(
     return _map(lambda *x: torch.cat(x)[torch.cat(order).argsort().to(x[0].device)], parts)
 
 
-def trusted(h_EII: Tensor, effective_E: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def trusted(h_EII: Tensor, effective_E: Tensor, recipe: Recipe, *, is_tuned: bool = False) -> tuple[Tensor, Tensor]:
     """Hessians as far as the evidence carries them, and their damping.
 
     The fewer samples an input has, the more its correlations are shrunk and the more it is damped.
     """
-    in_features = h_EII.shape[1]
-    damping_E = (recipe.damping_evidence * in_features / effective_E.clamp_min(1)).clamp_min(recipe.damping).float()
+    in_features, least = h_EII.shape[1], recipe.tuned_damping if is_tuned else recipe.damping
+    damping_E = (recipe.damping_evidence * in_features / effective_E.clamp_min(1)).clamp_min(least).float()
     return shrink(h_EII, effective_E, recipe.shrinkage * in_features), damping_E
 
 
