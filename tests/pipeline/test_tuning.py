@@ -30,6 +30,7 @@ from . import tiny
 from .test_resume import Stop, result_of, stop_in_layer
 
 TUNE = Recipe(effort=Effort.FAST, tune_steps=12)
+UNTUNED = dataclasses.replace(TUNE, tune_steps=0, damping=TUNE.tuned_damping)
 SCHEMES = [*default_schemes(), Scheme(FORMATS["fp8_block"], 128)]
 PLAN = {
     "default": {"wq": "int2", "group_size": 32},
@@ -109,7 +110,7 @@ def test_every_format_can_be_tuned(scheme):
 
 def test_what_gets_worse_is_not_kept(get, monkeypatch):
     fine = {"default": {"wq": "int6", "group_size": 32}}
-    plain, before, *_ = layer_of(get("olmoe").path, fine, dataclasses.replace(TUNE, tune_steps=0))
+    plain, before, *_ = layer_of(get("olmoe").path, fine, UNTUNED)
     monkeypatch.setattr(places, "_CODE_RATE", 3.0)
     monkeypatch.setattr(places, "_SCALE_RATE", 1.0)
     tuned, after, *_ = layer_of(get("olmoe").path, fine, TUNE)
@@ -121,7 +122,7 @@ def test_what_gets_worse_is_not_kept(get, monkeypatch):
 
 
 def test_gradients_that_are_no_numbers_change_nothing(get, monkeypatch):
-    plain, *_ = layer_of(get("llama").path, PLAN, dataclasses.replace(TUNE, tune_steps=0))
+    plain, *_ = layer_of(get("llama").path, PLAN, UNTUNED)
     loss = Objective.loss
     monkeypatch.setattr(Objective, "loss", lambda *args: loss(*args) * (math.nan if torch.is_grad_enabled() else 1.0))
     tuned, *_ = layer_of(get("llama").path, PLAN, TUNE)
