@@ -6,8 +6,8 @@
 Each peer is the Python of an environment of its own (`--shared` holds the scripts that run it); without one it is
 left out. `--layer` takes the time of one layer of OLMoE's widths instead, with 8 experts of random weights and 32 × 256
 tokens. Everything runs with `--threads` threads. Seconds leave out start-up, loading the tokenizer's text and, for
-the peers, reading and writing the model; for alphaquant they take reading and writing in. `--solver` compares the
-seconds of Hessians and solver alone, ours and llm-compressor's. Prints JSON.
+the peers, reading and writing the model; for alphaquant they take reading and writing in, but for figures that say so.
+`--solver` compares the seconds of Hessians and solver alone, ours and llm-compressor's. Prints JSON.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def ours(args: argparse.Namespace, bits: int, seed: int, effort: str, *, quality
         calibration = ["--calib", str(data / "train.txt"), "--nsamples", str(args.nsamples), "--seqlen", "256"]
         report = json.loads(run([*command, "quantize", str(model), *plan, *calibration, "-o", out], args.threads))
         seconds = report["seconds"]
-        row = {"seconds": seconds["total"] - seconds["tokenize"], "seconds_with_tokens": seconds["total"]}
+        whole = seconds["total"] - seconds["tokenize"]
+        row = {"seconds": whole, "seconds_with_tokens": seconds["total"]}
+        row["seconds_without_files"] = whole - seconds["read"] - seconds["write"]
         if quality:
             text = ["--data", str(data / "valid.txt"), "--seqlen", "256", "--windows", "300"]
             row |= json.loads(run([*command, "eval", out, *text, "--against", str(model), "--json"], args.threads))
@@ -173,6 +175,8 @@ def results(args: argparse.Namespace) -> dict[str, object]:
                 row = ours(args, 4, pair, effort, quality=False)
                 seconds.setdefault(f"{ALPHAQUANT} --effort {effort}", []).append(row["seconds"])
                 seconds.setdefault(f"{ALPHAQUANT} --effort {effort}, tokens", []).append(row["seconds_with_tokens"])
+                files = f"{ALPHAQUANT} --effort {effort}, neither read nor written"
+                seconds.setdefault(files, []).append(row["seconds_without_files"])
             for tool in tools:
                 seconds.setdefault(tool, []).append(peer(args, tool, 4, pair)["seconds"])
             if args.batched and args.llmcompressor:
