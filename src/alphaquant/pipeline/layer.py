@@ -20,10 +20,10 @@ from alphaquant.pipeline.pace import Pace, fits
 from alphaquant.pipeline.records import LayerRecord, ModuleRecord, RepairRecord, RoutingRecord, TuningRecord
 from alphaquant.pipeline.repair import ROUTER, refit_router
 from alphaquant.pipeline.samples import MOST, Samples, culprit, rows_left_out
-from alphaquant.pipeline.solving import LayerSolver, Moves, QuantizedLayer
+from alphaquant.pipeline.solving import LayerSolver, QuantizedLayer
 from alphaquant.pipeline.stream import Clock, attend, chunks, feed, half_function, silent
 from alphaquant.pipeline.tuning import Objective, Tunable, taken_apart, tune
-from alphaquant.solver import WORKSPACE_WEIGHTS, HessianSum, Permute
+from alphaquant.solver import WORKSPACE_WEIGHTS, HessianSum, Moves, Permute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -14,7 +14,7 @@ from alphaquant.errors import NumericsError
 from alphaquant.formats import Inputs, QuantizedTensor, dequantize
 from alphaquant.pipeline.collect import Reading
 from alphaquant.pipeline.records import LayerRecord, ModuleRecord
-from alphaquant.solver import Evidence, HessianSum, Method, experts_a_part, quantize_stack
+from alphaquant.solver import Evidence, HessianSum, Method, Moves, experts_a_part, quantize_stack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -55,19 +55,6 @@ class Stack(NamedTuple):
     def reading(self) -> Reading:
         """Whose Hessian they share."""
         return Reading(self.source, self.scheme.inputs)
-
-
-class Moves(NamedTuple):
-    """How columns moved before they were quantized; see `Outcome`. Shapes `[E, I]`."""
-
-    channel_EI: Tensor
-    scale_EI: Tensor
-
-    @classmethod
-    def none(cls, num_experts: int, in_features: int, device: torch.device) -> Moves:
-        """All columns in their places, and as they were."""
-        channel_EI = torch.arange(in_features, device=device).repeat(num_experts, 1)
-        return cls(channel_EI, torch.ones(num_experts, in_features, device=device))
 
 
 @dataclass(frozen=True, slots=True)

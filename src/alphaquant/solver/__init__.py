@@ -1,7 +1,7 @@
 """The method: Hessians, factors, scales, GPTQ and its refinement, as pure functions batched over experts."""
 
 from alphaquant.solver.backend import Backend, backend_for
-from alphaquant.solver.equalize import Permute
+from alphaquant.solver.equalize import Moves, Permute
 from alphaquant.solver.factor import Factor, damp, factorize, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.hessian import Evidence, EvidenceSum, HessianSum
@@ -34,6 +34,7 @@ __all__ = [
     "Factor",
     "HessianSum",
     "Method",
+    "Moves",
     "Outcome",
     "Permute",
     "Places",

@@ -6,16 +6,15 @@ Shapes: E experts, O rows, I columns, G groups of N columns.
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from alphaquant.formats import Scheme
 
-__all__ = ["Permute", "channel_order", "equalizing_scales"]
+__all__ = ["Moves", "Permute", "channel_order", "equalizing_scales"]
 
 _SQUARINGS = 3
 _POWER = 2**_SQUARINGS  # of the norm that stands for the largest weight of a group
@@ -33,6 +32,19 @@ class Permute(Enum):
     IMPORTANCE = "importance"  # what a rounding error of theirs costs
 
 
+class Moves(NamedTuple):
+    """How columns moved before they were quantized, `[E, I]` each; see `Outcome`."""
+
+    channel_EI: Tensor
+    scale_EI: Tensor
+
+    @classmethod
+    def none(cls, num_experts: int, in_features: int, device: torch.device) -> Moves:
+        """All columns in their places, and as they were."""
+        channel_EI = torch.arange(in_features, device=device).repeat(num_experts, 1)
+        return cls(channel_EI, torch.ones(num_experts, in_features, device=device))
+
+
 def channel_order(w_EOI: Tensor, curvature_EI: Tensor, by: Permute) -> Tensor:
     """Order of columns, int64 `[E, I]` of place → column, falling; stable for ties.
 
@@ -42,7 +54,7 @@ def channel_order(w_EOI: Tensor, curvature_EI: Tensor, by: Permute) -> Tensor:
         by: what to sort by.
     """
     if by is Permute.NONE:
-        return torch.arange(w_EOI.shape[2], device=w_EOI.device).repeat(len(w_EOI), 1)
+        return Moves.none(len(w_EOI), w_EOI.shape[2], w_EOI.device).channel_EI
     key_EI = w_EOI.float().abs().amax(1) if by is Permute.RANGE else curvature_EI
     return key_EI.argsort(dim=1, descending=True, stable=True)
 

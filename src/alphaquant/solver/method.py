@@ -15,7 +15,7 @@ from alphaquant.formats import ScaleKind, matrix_scale, round_scale
 from alphaquant.numerics import rough_product
 from alphaquant.solver import native
 from alphaquant.solver.backend import Backend
-from alphaquant.solver.equalize import Permute, channel_order, equalizing_scales
+from alphaquant.solver.equalize import Moves, Permute, channel_order, equalizing_scales
 from alphaquant.solver.factor import Factor, damp, factorize, reorder, shrink
 from alphaquant.solver.gptq import Solution, better_rows, solve
 from alphaquant.solver.refine import leanings, refine, refit_scales
@@ -289,8 +289,7 @@ def _quantize_part(
 ) -> Outcome:
     num_experts, _, in_features = w_EOI.shape
     nothing_E = torch.zeros(num_experts)
-    channel_EI = torch.arange(in_features, device=w_EOI.device).repeat(num_experts, 1)
-    scale_EI = torch.ones(num_experts, in_features, device=w_EOI.device)
+    channel_EI, scale_EI = Moves.none(num_experts, in_features, w_EOI.device)
     factor, damped_EII, packed_EII = None, None, None
     if h_EII is not None and damping_E is not None:
         if not rounded:
