@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,48 +25,70 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["blocks_of", "library", "run_parts"]
+__all__ = ["blocks_of", "leave_threads", "library", "run_parts"]
 
-_TILES = Path(__file__).with_name("tiles.h")  # which they include
+_HEADERS = [Path(__file__).with_name(name) for name in ("parts.h", "tiles.h")]  # which they include
 _COMPILERS = ("cc", "gcc", "clang")
 # without contraction a product and a sum are rounded one by one, as in torch
 _FLAGS = ("-O3", "-std=c11", "-ffp-contract=off", "-fPIC", "-shared")
+_PROCESS = os.getpid()
 _WORTH_A_THREAD = 1 << 16  # nanoseconds of work, about: with less, calling one takes longer than it saves
+
+
+class _Given(ctypes.Union):
+    """What a function is given, as in `parts.h`."""
+
+    _fields_ = (("pointer", ctypes.c_void_p), ("integer", ctypes.c_int64), ("real", ctypes.c_float))
+
+
+class _OpenMP(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("parallel", "number", "count"))
 
 
 def run_parts(
     source: Path,
     name: str,
     tensors: Sequence[Tensor | None],
-    numbers: Sequence[object],
+    numbers: Sequence[float | ctypes.Structure],
     total: int,
     cost: float,
 ) -> None:
-    """Call `name(tensors…, numbers…, first, last)` for `total` parts of its work, by as many threads as torch.
+    """Let a function do `total` parts of its work, by as many threads as torch would.
 
     Args:
         source: where the function is written; `library` must have made it.
         name: of the function.
         tensors: contiguous; the function is given where they lie.
-        numbers: what it is given after them, of C's types.
+        numbers: what it is given after them: integers, floats, and where structures lie.
         total: parts.
         cost: nanoseconds that a part takes, about.
     """
     assert all(x is None or x.is_contiguous() for x in tensors)
     loaded = library(source)
     assert loaded is not None
-    function = getattr(loaded, name)
-    fixed = [*(ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors), *numbers]
+    work = getattr(loaded, name)
+    values = [*(_Given(pointer=None if x is None else x.data_ptr()) for x in tensors), *map(_given, numbers)]
+    given = (_Given * len(values))(*values)
     num_threads = max(1, min(torch.get_num_threads(), total, int(total * cost) // _WORTH_A_THREAD))
+    openmp = _openmp() if num_threads > 1 else None
+    if openmp is not None:
+        loaded.share_work(work, given, ctypes.c_int64(total), ctypes.c_int64(num_threads), ctypes.byref(openmp))
+        return
     ends = [total * part // num_threads for part in range(num_threads + 1)]
 
     def part(index: int) -> None:  # the library is called without Python's lock
-        function(*fixed, ctypes.c_int64(ends[index]), ctypes.c_int64(ends[index + 1]))
+        work(given, ctypes.c_int64(ends[index]), ctypes.c_int64(ends[index + 1]))
 
     others = [_threads().submit(part, index) for index in range(1, num_threads)]
     part(0)
     for other in others:
         other.result()
+
+
+def _given(number: float | ctypes.Structure) -> _Given:
+    if isinstance(number, ctypes.Structure):
+        return _Given(pointer=ctypes.addressof(number))
+    return _Given(integer=number) if isinstance(number, int) else _Given(real=number)
 
 
 def blocks_of(counts_E: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,14 +103,39 @@ def blocks_of(counts_E: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return expert_S, begin_S, torch.minimum(begin_S + size, ends_E[expert_S])
 
 
+def leave_threads() -> None:
+    """Let torch work in the calling thread alone from now on.
+
+    As soon as a second thread shares its work, too, OpenMP counts more threads than there are cores, and no thread of
+    either waits awake any more: every shared step of both, however small, takes 30 microseconds longer.
+    """
+    torch.get_num_threads()  # else torch sets the number anew when it first shares something
+    with suppress(AttributeError, TypeError, OSError):
+        ctypes.CDLL(None).omp_set_num_threads(1)
+
+
+@cache
+def _openmp() -> _OpenMP | None:
+    """OpenMP's functions as torch has loaded them; None where there are none, or threads would not survive a fork."""
+    if os.getpid() != _PROCESS:
+        return None
+    try:
+        loaded = ctypes.CDLL(None)
+        functions = [getattr(loaded, name) for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")]
+    except (AttributeError, TypeError, OSError):
+        return None
+    return _OpenMP(*(ctypes.cast(function, ctypes.c_void_p) for function in functions))
+
+
 @cache
 def _threads() -> ThreadPoolExecutor:
-    """Threads that are kept: starting one takes as long as many a call."""
+    """Threads that are kept, where OpenMP has none: starting one takes as long as many a call."""
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="alphaquant-loops")
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has none of its parent's threads
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+    os.register_at_fork(after_in_child=_openmp.cache_clear)
 
 
 @cache
@@ -96,7 +144,7 @@ def library(source: Path) -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         return None
-    text = b"\0".join(path.read_bytes() for path in (source, _TILES))
+    text = b"\0".join(path.read_bytes() for path in (source, *_HEADERS))
     for flags in ((*_FLAGS, "-march=native"), _FLAGS):  # not every compiler knows every machine
         key = hashlib.sha256(b"\0".join([text, repr((compiler, flags, _machine())).encode()])).hexdigest()[:16]
         try:

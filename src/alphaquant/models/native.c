@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "../parts.h"
 #include "../tiles.h"
 
 #define LANES 16
@@ -73,7 +74,11 @@ static inline Floats exponential(Floats x) {
 }
 
 /* Rows of `size` numbers, each over the root of its mean square, times the weights; torch rounds before the weights. */
-void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, int64_t size, float eps, int64_t first, int64_t last) {
+void rms_norm(const Given *given, int64_t first, int64_t last) {
+    const bf16 *x = POINTER, *weight = POINTER;
+    bf16 *out = POINTER;
+    int64_t size = INTEGER;
+    float eps = REAL;
     for (int64_t row = first; row < last; row++) {
         const bf16 *from = x + row * size;
         bf16 *to = out + row * size;
@@ -90,8 +95,11 @@ void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out, int64_t size, float 
 
 /* Heads [B, L, H, C] to [B, H, L, C], their first `width` channels turned by halves; a part is a sequence's position.
    Cosines and sines are fp32 [L, width]. */
-void rotate(const bf16 *x, const float *cosine, const float *sine, bf16 *out, int64_t length, int64_t heads,
-            int64_t channels, int64_t width, int64_t first, int64_t last) {
+void rotate(const Given *given, int64_t first, int64_t last) {
+    const bf16 *x = POINTER;
+    const float *cosine = POINTER, *sine = POINTER;
+    bf16 *out = POINTER;
+    int64_t length = INTEGER, heads = INTEGER, channels = INTEGER, width = INTEGER;
     int64_t half = width / 2;
     for (int64_t part = first; part < last; part++) {
         int64_t sequence = part / length, position = part % length;
@@ -143,8 +151,10 @@ static inline void softmax_row(float *from, bf16 *to, int64_t keys, int64_t begi
 
 /* Probabilities of scores [S, Q, K]; query `start + i` sees keys `first_key + j` up to itself, `window` at most. A part
    is a row. */
-void softmax(float *scores, bf16 *out, int64_t queries, int64_t keys, int64_t start, int64_t first_key, int64_t window,
-             int64_t first, int64_t last) {
+void softmax(const Given *given, int64_t first, int64_t last) {
+    float *scores = POINTER;
+    bf16 *out = POINTER;
+    int64_t queries = INTEGER, keys = INTEGER, start = INTEGER, first_key = INTEGER, window = INTEGER;
     for (int64_t row = first; row < last; row++) {
         int64_t end = start - first_key + row % queries + 1, begin = end > window ? end - window : 0;
         softmax_row(scores + row * keys, out + row * keys, keys, begin, end, 1.0f);
@@ -198,9 +208,14 @@ static inline void narrow_sums(const float *sums, bf16 *out, int64_t stride, int
 /* Causal attention: queries and keys [B, H or K, L, C], values [B, K, L, V], out [B, L, H, V]; `strides` are those of the
    first three axes of queries, keys and values. All lengths are multiples of 32. Scores are fp32, probabilities rounded.
    A part is a sequence's head of keys, with all the queries' that read it. Does nothing where memory is short. */
-void attention(bf16 *out, int32_t *is_done, const int64_t *strides, const bf16 *q, const bf16 *k, const bf16 *v,
-               int64_t length, int64_t channels, int64_t values, int64_t heads, int64_t key_heads, int64_t window,
-               float scale, int64_t first, int64_t last) {
+void attention(const Given *given, int64_t first, int64_t last) {
+    bf16 *out = POINTER;
+    int32_t *is_done = POINTER;
+    const int64_t *strides = POINTER;
+    const bf16 *q = POINTER, *k = POINTER, *v = POINTER;
+    int64_t length = INTEGER, channels = INTEGER, values = INTEGER, heads = INTEGER, key_heads = INTEGER;
+    int64_t window = INTEGER;
+    float scale = REAL;
     /* lines as far apart as a power of two would drive each other out of the cache */
     int64_t apart = length + STEP, repeats = heads / key_heads, steps = channels / STEP, blocks = length / STEP;
     size_t size = (size_t)(length * (channels + values) * 2 + STEP * apart * 6 + STEP * STEP * 4);
@@ -244,14 +259,21 @@ void attention(bf16 *out, int32_t *is_done, const int64_t *strides, const bf16 *
 }
 
 /* Weights [E, O, I] for `expert_products`; a part is 16 outputs of an expert. */
-void pack_weights(const bf16 *weights, Pairs *packed, int64_t inputs, int64_t first, int64_t last) {
+void pack_weights(const Given *given, int64_t first, int64_t last) {
+    const bf16 *weights = POINTER;
+    Pairs *packed = POINTER;
+    int64_t inputs = INTEGER;
     for (int64_t part = first; part < last; part++)
         pack_keys(weights + part * SIDE * inputs, inputs, SIDE, inputs, packed + part * inputs / STEP * SIDE);
 }
 
 /* Rows [R, I] times packed weights of their experts: [R, O]. A part is the rows begin … end, 32 at most, of `expert`. */
-void expert_products(const bf16 *x, const Pairs *packed, bf16 *out, const int64_t *expert, const int64_t *begin,
-                     const int64_t *end, int64_t rows, int64_t inputs, int64_t outputs, int64_t first, int64_t last) {
+void expert_products(const Given *given, int64_t first, int64_t last) {
+    const bf16 *x = POINTER;
+    const Pairs *packed = POINTER;
+    bf16 *out = POINTER;
+    const int64_t *expert = POINTER, *begin = POINTER, *end = POINTER;
+    int64_t rows = INTEGER, inputs = INTEGER, outputs = INTEGER;
     enum { WIDEST = 1024 }; /* inputs */
     int64_t steps = inputs / STEP;
     bf16 rest[STEP * WIDEST];
@@ -279,7 +301,9 @@ void expert_products(const bf16 *x, const Pairs *packed, bf16 *out, const int64_
 #endif
 
 /* silu(gate) * up; torch rounds between the two. A part is LANES numbers. */
-void swiglu(const bf16 *gate, const bf16 *up, bf16 *out, int64_t first, int64_t last) {
+void swiglu(const Given *given, int64_t first, int64_t last) {
+    const bf16 *gate = POINTER, *up = POINTER;
+    bf16 *out = POINTER;
     for (int64_t i = first * LANES; i < last * LANES; i += LANES) {
         Floats x = widen(gate + i);
         Ints is_low = x < -87.0f; /* zero there, and no number for minus infinity, as x / (1 + e) would be */
@@ -289,8 +313,12 @@ void swiglu(const bf16 *gate, const bf16 *up, bf16 *out, int64_t first, int64_t 
 }
 
 /* Σ_k score[k] * rows[place[k]] of each token; a part is a token. Scores are fp32. */
-void combine(const bf16 *rows, const int64_t *place, const float *score, bf16 *total, int64_t top_k, int64_t size,
-             int64_t first, int64_t last) {
+void combine(const Given *given, int64_t first, int64_t last) {
+    const bf16 *rows = POINTER;
+    const int64_t *place = POINTER;
+    const float *score = POINTER;
+    bf16 *total = POINTER;
+    int64_t top_k = INTEGER, size = INTEGER;
     for (int64_t token = first; token < last; token++) {
         const int64_t *at = place + token * top_k;
         const float *weight = score + token * top_k;

@@ -7,7 +7,6 @@ the torch code where it is called does, with fewer roundings on the way.
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from functools import cache
 from pathlib import Path
@@ -107,9 +106,9 @@ def attention(q_BHLC: Tensor, k_BKLC: Tensor, v_BKLV: Tensor, window: int | None
     total = batch * key_heads
     cost = heads // key_heads * length**2 * (1 + (channels + values) / _PRODUCT)
     # by their strides: they need not be contiguous
-    pointers = [ctypes.c_void_p(x.data_ptr()) for x in (q_BHLC, k_BKLC, v_BKLV)]
-    arguments = [*pointers, *map(ctypes.c_int64, sizes), ctypes.c_float(scale)]
-    run_parts(_SOURCE, "attention", (out_BLHV, done, torch.tensor(strides)), arguments, total, cost)
+    pointers = [x.data_ptr() for x in (q_BHLC, k_BKLC, v_BKLV)]
+    numbers = (*pointers, *sizes, float(scale))
+    run_parts(_SOURCE, "attention", (out_BLHV, done, torch.tensor(strides)), numbers, total, cost)
     if done != total:
         raise MemoryError(f"no memory for the attention of {length} positions")
     return out_BLHV.transpose(1, 2)
@@ -131,8 +130,7 @@ def expert_products(x_RI: Tensor, counts_E: Tensor, w_EOI: Tensor) -> Tensor:
     """Each row times the weight of its expert `[R, O]`; rows are sorted by expert."""
     num_experts, outputs, inputs = w_EOI.shape
     packed = torch.empty_like(w_EOI)
-    arguments = [ctypes.c_int64(inputs)]
-    run_parts(_SOURCE, "pack_weights", (w_EOI, packed), arguments, num_experts * outputs // 16, 16 * inputs * _VALUE)
+    run_parts(_SOURCE, "pack_weights", (w_EOI, packed), (inputs,), num_experts * outputs // 16, 16 * inputs * _VALUE)
     out_RO = x_RI.new_empty(len(x_RI), outputs)
     blocks = blocks_of(counts_E, _STEP)
     cost = int(_STEP * inputs * outputs / _PRODUCT / _VALUE)
@@ -171,5 +169,4 @@ def combine(out_RD: Tensor, place_TK: Tensor, score_TK: Tensor) -> Tensor:
 
 def _run(name: str, tensors: Sequence[Tensor], sizes: Sequence[int], total: int, values: int, *numbers: float) -> None:
     """Call a function of the library for `total` parts of its work, each of so many values."""
-    arguments = [*map(ctypes.c_int64, sizes), *map(ctypes.c_float, numbers)]
-    run_parts(_SOURCE, name, tensors, arguments, total, values * _VALUE)
+    run_parts(_SOURCE, name, tensors, (*sizes, *map(float, numbers)), total, values * _VALUE)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from alphaquant.compiled import leave_threads
 from alphaquant.models import read_layer, read_outer
 from alphaquant.pipeline.pace import out_of_memory
 from alphaquant.pipeline.records import LayerRecord, require_finite
@@ -104,7 +105,7 @@ def _ahead(
     if not reads_ahead:
         yield from map(read, layers)
         return
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=leave_threads) as pool:
         coming: list[Future[LayerWeights]] = []
         for layer in layers:
             coming.append(pool.submit(read, layer))

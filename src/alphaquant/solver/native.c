@@ -7,6 +7,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "../parts.h"
 #include "../tiles.h"
 
 #define LANES 16
@@ -155,9 +156,12 @@ EACH_KIND walk(float *restrict target, const float *restrict w, const float *res
 }
 
 /* GPTQ over the columns start … start + width, at most COLUMNS of them: values and errors w - q; t - q stays. */
-void walk_block(float *target, const float *w, const float *step, const float *zero, const float *feedback,
-                float *value, float *error, int64_t columns, int64_t rows, int64_t start, int64_t width, const Grid *grid,
-                int64_t first, int64_t last) {
+void walk_block(const Given *given, int64_t first, int64_t last) {
+    float *target = POINTER;
+    const float *w = POINTER, *step = POINTER, *zero = POINTER, *feedback = POINTER;
+    float *value = POINTER, *error = POINTER;
+    int64_t columns = INTEGER, rows = INTEGER, start = INTEGER, width = INTEGER;
+    const Grid *grid = POINTER;
     BY_KIND(walk, target, w, step, zero, feedback, value, error, columns, rows, start, width, first, last, *grid)
 }
 
@@ -203,9 +207,12 @@ EACH_KIND descend(float *restrict gradient, float *restrict q, const float *rest
 }
 
 /* Coordinate descent over the same columns; gradient and moved are [E, width, O]. */
-void descend_block(float *gradient, float *q, const float *step, const float *zero, const float *h, float *value,
-                   float *moved, int64_t columns, int64_t rows, int64_t start, int64_t width, const Grid *grid,
-                   int64_t first, int64_t last) {
+void descend_block(const Given *given, int64_t first, int64_t last) {
+    float *gradient = POINTER, *q = POINTER;
+    const float *step = POINTER, *zero = POINTER, *h = POINTER;
+    float *value = POINTER, *moved = POINTER;
+    int64_t columns = INTEGER, rows = INTEGER, start = INTEGER, width = INTEGER;
+    const Grid *grid = POINTER;
     BY_KIND(descend, gradient, q, step, zero, h, value, moved, columns, rows, start, width, first, last, *grid)
 }
 
@@ -231,9 +238,11 @@ EACH_KIND measure(const float *restrict w, const float *restrict step, const flo
 }
 
 /* Σ importance * (rounded - w)² of groups of `size` weights, by each candidate's step; importance is that of a row's. */
-void rounding_errors(const float *w, const float *step, const float *zero, const float *importance, float *error,
-                     int64_t groups, int64_t groups_a_row, int64_t size, int64_t candidates, const Grid *grid,
-                     int64_t first, int64_t last) {
+void rounding_errors(const Given *given, int64_t first, int64_t last) {
+    const float *w = POINTER, *step = POINTER, *zero = POINTER, *importance = POINTER;
+    float *error = POINTER;
+    int64_t groups = INTEGER, groups_a_row = INTEGER, size = INTEGER, candidates = INTEGER;
+    const Grid *grid = POINTER;
     BY_KIND(measure, w, step, zero, importance, error, groups, groups_a_row, size, candidates, first, last, *grid)
 }
 
@@ -288,10 +297,12 @@ EACH_KIND weigh(const float *restrict place, const float *restrict scale, const 
 }
 
 /* Sums of squares of how far weights should be off their codes, [E, O] and [parts, I], and slopes of scales. */
-void weigh_places(const float *place, const float *scale, const float *zero, const float *gradient,
-                  const float *row_inverse, const float *column_inverse, float *row_squares, float *column_squares,
-                  float *slope, int64_t rows, int64_t columns, int64_t groups, const Grid *grid, int64_t first,
-                  int64_t last) {
+void weigh_places(const Given *given, int64_t first, int64_t last) {
+    const float *place = POINTER, *scale = POINTER, *zero = POINTER, *gradient = POINTER, *row_inverse = POINTER;
+    const float *column_inverse = POINTER;
+    float *row_squares = POINTER, *column_squares = POINTER, *slope = POINTER;
+    int64_t rows = INTEGER, columns = INTEGER, groups = INTEGER;
+    const Grid *grid = POINTER;
     BY_KIND(weigh, place, scale, zero, gradient, row_inverse, column_inverse, row_squares, column_squares, slope, rows,
             columns, groups, first, last, *grid)
 }
@@ -320,9 +331,13 @@ EACH_KIND draw(float *restrict place, const float *restrict scale, const float *
 }
 
 /* Moves places toward where their weights should be, the less the noisier, by `most` steps of the grid at most. */
-void draw_places(float *place, const float *scale, const float *zero, const float *gradient, const float *row_inverse,
-                 const float *column_inverse, const float *row_noise, const float *column_noise, int64_t rows,
-                 int64_t columns, int64_t groups, const Grid *grid, float rate, float most, int64_t first, int64_t last) {
+void draw_places(const Given *given, int64_t first, int64_t last) {
+    float *place = POINTER;
+    const float *scale = POINTER, *zero = POINTER, *gradient = POINTER, *row_inverse = POINTER;
+    const float *column_inverse = POINTER, *row_noise = POINTER, *column_noise = POINTER;
+    int64_t rows = INTEGER, columns = INTEGER, groups = INTEGER;
+    const Grid *grid = POINTER;
+    float rate = REAL, most = REAL;
     BY_KIND(draw, place, scale, zero, gradient, row_inverse, column_inverse, row_noise, column_noise, rows, columns,
             groups, rate, most, first, last, *grid)
 }
@@ -340,8 +355,11 @@ EACH_KIND stand_for(const float *restrict place, const float *restrict scale, co
 }
 
 /* The weights that places stand for. */
-void weights_of_places(const float *place, const float *scale, const float *zero, float *w, int64_t rows,
-                       int64_t columns, int64_t groups, const Grid *grid, int64_t first, int64_t last) {
+void weights_of_places(const Given *given, int64_t first, int64_t last) {
+    const float *place = POINTER, *scale = POINTER, *zero = POINTER;
+    float *w = POINTER;
+    int64_t rows = INTEGER, columns = INTEGER, groups = INTEGER;
+    const Grid *grid = POINTER;
     BY_KIND(stand_for, place, scale, zero, w, rows, columns, groups, first, last, *grid)
 }
 
@@ -371,7 +389,10 @@ static inline void split(Vector x, Vector y, Pairs *high, Pairs *low) {
 
 /* The transposes of E matrices [I, I], packed as left ones: panels first … last of E * I / 16. Of an upper triangle,
    only what lies above the diagonal's steps. */
-void pack_transposed(const float *x, Pairs *packed, int64_t columns, int64_t is_upper, int64_t first, int64_t last) {
+void pack_transposed(const Given *given, int64_t first, int64_t last) {
+    const float *x = POINTER;
+    Pairs *packed = POINTER;
+    int64_t columns = INTEGER, is_upper = INTEGER;
     int64_t panels = columns / SIDE, steps = columns / STEP;
     for (int64_t panel = first; panel < last; panel++) {
         const float *from = x + panel / panels * columns * columns + panel % panels * SIDE;
@@ -493,9 +514,15 @@ EACH_KIND walk_tile(const float *restrict w, const float *restrict step, const f
 /* The whole walk: values [E, I, O] in natural order and losses [E, O]. Weights [E, I, O] and scales [E, G, O] lie in
    natural order, the feedback, once more packed, in that of the walk. `errors` has room for those of all tiles; each
    call uses its first's for all of its own, which stays in the cache. */
-void walk_all(const float *w, const float *step, const float *zero, const float *feedback, const Pairs *packed,
-              const float *curvature, const int32_t *order, float *value, float *loss, Pairs *errors, int64_t columns,
-              int64_t rows, int64_t groups, const Grid *grid, int64_t first, int64_t last) {
+void walk_all(const Given *given, int64_t first, int64_t last) {
+    const float *w = POINTER, *step = POINTER, *zero = POINTER, *feedback = POINTER;
+    const Pairs *packed = POINTER;
+    const float *curvature = POINTER;
+    const int32_t *order = POINTER;
+    float *value = POINTER, *loss = POINTER;
+    Pairs *errors = POINTER;
+    int64_t columns = INTEGER, rows = INTEGER, groups = INTEGER;
+    const Grid *grid = POINTER;
     configure_tiles();
     errors += first * PANELS * columns;
     for (int64_t index = first; index < last; index++) {
@@ -509,8 +536,10 @@ void walk_all(const float *w, const float *step, const float *zero, const float 
 }
 
 /* What is left of weights, w - v * step, as a right matrix: columns start … start + width. */
-void pack_rest(const float *w, const float *step, const float *value, Pairs *rest, int64_t columns, int64_t rows,
-               int64_t groups, int64_t start, int64_t width, int64_t first, int64_t last) {
+void pack_rest(const Given *given, int64_t first, int64_t last) {
+    const float *w = POINTER, *step = POINTER, *value = POINTER;
+    Pairs *rest = POINTER;
+    int64_t columns = INTEGER, rows = INTEGER, groups = INTEGER, start = INTEGER, width = INTEGER;
     int64_t group = columns / groups;
     for (int64_t index = first; index < last; index++) {
         Place at = place_of(index, columns, rows, groups, 0);
@@ -549,9 +578,11 @@ static inline void add_weighted(float *restrict sum, Lines t, const float *restr
 /* The gradient H (w - v * step) [E, width, O] of the columns start … start + width; where asked for H v of the columns
    among themselves (`curved`), the sums of v times either [E, O], and the loss, of which each call adds its columns'
    share, all columns being as they are in the first call when their own is made. */
-void gradient_block(const float *w, const float *step, const float *value, const Pairs *packed, const Pairs *rest,
-                    float *gradient, float *curved, float *slope, float *curve, float *loss, int64_t columns,
-                    int64_t rows, int64_t groups, int64_t start, int64_t width, int64_t first, int64_t last) {
+void gradient_block(const Given *given, int64_t first, int64_t last) {
+    const float *w = POINTER, *step = POINTER, *value = POINTER;
+    const Pairs *packed = POINTER, *rest = POINTER;
+    float *gradient = POINTER, *curved = POINTER, *slope = POINTER, *curve = POINTER, *loss = POINTER;
+    int64_t columns = INTEGER, rows = INTEGER, groups = INTEGER, start = INTEGER, width = INTEGER;
     int64_t group = columns / groups, stop = start + width;
     configure_tiles();
     for (int64_t index = first; index < last; index++) {
@@ -624,10 +655,15 @@ EACH_KIND descend_tile(const float *restrict w, const float *restrict step, cons
 
 /* Coordinate descent over the same columns, from their gradient, to which `less` times `curved` is added where scales
    have become less; what it changes is added to the loss. */
-void descend_tiles(const float *w, const float *step, const float *zero, float *value, const float *h, Pairs *rest,
-                   const float *gradient, const float *curved, const float *less, float *loss, int64_t columns,
-                   int64_t rows, int64_t groups, int64_t start, int64_t width, const Grid *grid, int64_t first,
-                   int64_t last) {
+void descend_tiles(const Given *given, int64_t first, int64_t last) {
+    const float *w = POINTER, *step = POINTER, *zero = POINTER;
+    float *value = POINTER;
+    const float *h = POINTER;
+    Pairs *rest = POINTER;
+    const float *gradient = POINTER, *curved = POINTER, *less = POINTER;
+    float *loss = POINTER;
+    int64_t columns = INTEGER, rows = INTEGER, groups = INTEGER, start = INTEGER, width = INTEGER;
+    const Grid *grid = POINTER;
     for (int64_t index = first; index < last; index++) {
         Place at = place_of(index, columns, rows, groups, width);
         BY_KIND(descend_tile, w + at.weights, step + at.scales, zero ? zero + at.scales : 0, value + at.weights,
@@ -652,8 +688,12 @@ static inline void pack_step(const uint16_t *x, const float *root, int64_t begin
 /* Rows of bf16 [R, I] as the right matrix of a product and, line by line the transpose of it, as the left one, or the
    rows of `other` as that: [panels of I, steps, (right, left), 16] lines. A part is a step: rows begin … end, 32 at
    most, of one expert. */
-void pack_rows(const uint16_t *x, const uint16_t *other, const float *root, const int64_t *begin, const int64_t *end,
-               Pairs *packed, int64_t columns, int64_t steps, int64_t first, int64_t last) {
+void pack_rows(const Given *given, int64_t first, int64_t last) {
+    const uint16_t *x = POINTER, *other = POINTER;
+    const float *root = POINTER;
+    const int64_t *begin = POINTER, *end = POINTER;
+    Pairs *packed = POINTER;
+    int64_t columns = INTEGER, steps = INTEGER;
     for (int64_t step = first; step < last; step++)
         for (int64_t panel = 0; panel < columns / SIDE; panel++) {
             Pairs line[SIDE], *to = packed + (panel * steps + step) * STEP;
@@ -667,8 +707,11 @@ void pack_rows(const uint16_t *x, const uint16_t *other, const float *root, cons
 /* Adds the products of packed rows to the sums [E, I, I]: of each band of columns what lies right of its first.
    Steps of expert e are starts[e] … starts[e + 1]. A part is 32 lines of an expert from `expert` on; long and short
    ones take turns, for threads. */
-void add_grams(const Pairs *packed, const int64_t *starts, float *sums, int64_t columns, int64_t steps, int64_t band,
-               int64_t expert, int64_t first, int64_t last) {
+void add_grams(const Given *given, int64_t first, int64_t last) {
+    const Pairs *packed = POINTER;
+    const int64_t *starts = POINTER;
+    float *sums = POINTER;
+    int64_t columns = INTEGER, steps = INTEGER, band = INTEGER, expert = INTEGER;
     enum { NEAR = 8 }; /* blocks of columns whose rows stay in the cache while all lines go by */
     const int64_t blocks = columns / STEP, panel = steps * STEP, line = sizeof(Pairs);
     configure_tiles();

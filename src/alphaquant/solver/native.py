@@ -346,12 +346,11 @@ def _add_products(
         first, last = int(expert_S[part][0]), int(expert_S[part][-1])
         packed = torch.empty(num_steps * size * STEP)  # rows and their transposes
         rows = (x_RI, other_RI, root_R, begin_S[part], end_S[part], packed)
-        run_parts(_SOURCE, "pack_rows", rows, [*map(ctypes.c_int64, (size, num_steps))], num_steps, STEP * size * _PACK)
+        run_parts(_SOURCE, "pack_rows", rows, (size, num_steps), num_steps, STEP * size * _PACK)
         inner_E = (starts_E - start).clamp(0, num_steps)
-        sizes = (size, num_steps, band, first)
         cost = num_steps * STEP**2 * size / (last - first + 1) / _PRODUCT
         total = (last - first + 1) * (size // STEP)
-        run_parts(_SOURCE, "add_grams", (packed, inner_E, sum_EII), [*map(ctypes.c_int64, sizes)], total, cost)
+        run_parts(_SOURCE, "add_grams", (packed, inner_E, sum_EII), (size, num_steps, band, first), total, cost)
 
 
 def _over_tiles(name: str, tensors: Sequence[Tensor | None], columns: Columns, cut: slice, fmt: Format) -> None:
@@ -391,5 +390,5 @@ def _run(
 ) -> None:
     """Call a function of the library for `total` parts of its work, each of about `cost` nanoseconds."""
     assert all(x is None or x.element_size() == _ITEM for x in tensors)
-    kind = [] if grid is None else [ctypes.byref(_Grid(*grid))]
-    run_parts(_SOURCE, name, tensors, [*map(ctypes.c_int64, sizes), *kind, *map(ctypes.c_float, numbers)], total, cost)
+    kind = [] if grid is None else [_Grid(*grid)]
+    run_parts(_SOURCE, name, tensors, (*sizes, *kind, *map(float, numbers)), total, cost)
