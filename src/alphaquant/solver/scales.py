@@ -61,6 +61,12 @@ def search_scales(
         global_scale_E: as in `absmax_scales`.
         backend: what rounds.
     """
+    fmt = scheme.format
+    if len(w_EOI) > 1 and importance_EI is None and fmt.scale is not ScaleKind.E4M3 and fmt.block_rows == 1:
+        # rows know nothing of their matrix: those of many small ones are searched together
+        one = search_scales(w_EOI.flatten(0, 1)[None], scheme, backend=backend)
+        scale, zero = (None if x is None else x.view(*w_EOI.shape[:2], -1) for x in (one.scale, one.zero))
+        return Scales(scale, zero, None)
     start = absmax_scales(w_EOI, scheme, global_scale_E)
     num_groups = start.scale.shape[-1]
     scale, zero = start.scale.clone(), None if start.zero is None else start.zero.clone()
