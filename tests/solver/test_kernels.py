@@ -141,6 +141,19 @@ def test_rounding_errors(scheme: Scheme, weighted: bool) -> None:  # noqa: FBT00
     torch.testing.assert_close(native.rounding_errors(w, step, zero, importance, scheme.format), truth)
 
 
+@each_scheme
+def test_least_rounding_errors(scheme: Scheme) -> None:
+    w = oracle.weights(1, 70, 3 * scheme.group_size)[0].unflatten(-1, (3, -1))
+    start = absmax_scales(w.flatten(1)[None], scheme)
+    factors = 0.4 + torch.rand(4, 70, 3, generator=torch.Generator().manual_seed(1))
+    step = (start.effective() * factors).repeat(2, 1, 1)  # each of them twice
+    zero = None if start.zero is None else start.zero.float().expand_as(step)
+    errors = native.rounding_errors(w, step, zero, None, scheme.format)
+    least, which = native.least_rounding_errors(w, step, zero, None, scheme.format)
+    assert same([least, which], [*errors.min(0)])
+    assert sorted(which.unique().tolist()) == [0, 1, 2, 3]  # of equal ones the first
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_threads_change_no_bit(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)

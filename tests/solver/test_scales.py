@@ -115,6 +115,17 @@ def test_a_group_of_zeros_stays_zero(scheme: Scheme) -> None:
 
 
 @each_default_scheme
+def test_matrices_are_searched_together_as_alone(scheme: Scheme) -> None:
+    w = awkward(3, 8, SIZE)
+    together = search_scales(w, scheme)
+    for expert in range(3):
+        alone = search_scales(w[expert : expert + 1], scheme)
+        assert together.scale[expert].equal(alone.scale[0])
+        if alone.zero is not None and together.zero is not None:
+            assert together.zero[expert].equal(alone.zero[0])
+
+
+@each_default_scheme
 def test_inputs_are_not_changed_and_parts_change_nothing(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     w, importance = awkward(3, 8, SIZE), torch.rand(3, SIZE, generator=torch.Generator().manual_seed(0))
     w_before, importance_before = w.clone(), importance.clone()

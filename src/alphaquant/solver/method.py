@@ -315,11 +315,10 @@ def _quantize_part(
     for w_part in w_EOI.split(whole_blocks(workspace // (num_experts * in_features), scheme), 1):
         w_part_EOI = w_part.float()
         solution = _solve_rows(w_part_EOI, damped_EII, packed_EII, factor, scheme, recipe, global_scale_E)
-        moved_EOI = w_part_EOI if damped_EII is None else rough_product(w_part_EOI, damped_EII)
         outcome = Outcome(
             quantized=replace(solution.quantized, codes=solution.quantized.codes.contiguous()),
             loss_EO=solution.loss_EO,
-            energy_EO=(moved_EOI * w_part_EOI).sum(-1),
+            energy_EO=_energy(w_part_EOI, damped_EII),
             damping_E=nothing_E if factor is None else factor.damping_E.cpu(),
             retries_E=nothing_E.long() if factor is None else factor.retries_E.cpu(),
             fallback_E=nothing_E.bool(),
@@ -330,6 +329,13 @@ def _quantize_part(
         parts.append(outcome)
     together = _map(lambda *x: torch.cat(x, 1) if x[0].ndim > 1 else x[0], parts)
     return replace(together, channel_EI=channel_EI, scale_EI=scale_EI)
+
+
+def _energy(w_EOI: Tensor, h_EII: Tensor | None) -> Tensor:
+    """`w H wᵀ` of each row, roughly; expert by expert, since memory for all of them at once takes longer to be had."""
+    if h_EII is None:
+        return w_EOI.square().sum(-1)
+    return torch.stack([(rough_product(w_OI, h_II) * w_OI).sum(-1) for w_OI, h_II in zip(w_EOI, h_EII, strict=True)])
 
 
 def _solve_rows(

@@ -217,11 +217,14 @@ void descend_block(const Given *given, int64_t first, int64_t last) {
 }
 
 EACH_KIND measure(const float *restrict w, const float *restrict step, const float *restrict zero,
-                  const float *restrict importance, float *restrict error, int64_t groups, int64_t groups_a_row,
-                  int64_t size, int64_t candidates, int64_t first, int64_t last, Grid grid, int is_float, int has_zero) {
+                  const float *restrict importance, float *restrict error, int32_t *restrict best, int64_t groups,
+                  int64_t groups_a_row, int64_t size, int64_t candidates, int64_t first, int64_t last, Grid grid,
+                  int is_float, int has_zero) {
     for (int64_t group = first; group < last; group++) {
         const float *part = w + group * size, *cost = importance ? importance + group % groups_a_row * size : 0;
-        for (int64_t at = group; at < candidates * groups; at += groups) {
+        float least = 0;
+        for (int64_t candidate = 0; candidate < candidates; candidate++) {
+            int64_t at = candidate * groups + group;
             float by = step[at], z = has_zero ? zero[at] : 0, sums[LANES] = {0};
             for (int64_t i = 0; i < size; i += LANES) {
                 int64_t count = size - i < LANES ? size - i : LANES;
@@ -232,18 +235,25 @@ EACH_KIND measure(const float *restrict w, const float *restrict step, const flo
                 }
                 for (int64_t k = 0; k < count; k++) sums[k] += cost ? squares[k] * cost[i + k] : squares[k];
             }
-            error[at] = total_of(sums);
+            float total = total_of(sums);
+            if (!best) error[at] = total;
+            else if (!candidate || total < least) {
+                least = error[group] = total;
+                best[group] = (int32_t)candidate;
+            }
         }
     }
 }
 
-/* Σ importance * (rounded - w)² of groups of `size` weights, by each candidate's step; importance is that of a row's. */
+/* Σ importance * (rounded - w)² of groups of `size` weights, by each candidate's step; importance is that of a row's.
+   Where it is asked which is the best, the first of equal ones, its error alone. */
 void rounding_errors(const Given *given, int64_t first, int64_t last) {
     const float *w = POINTER, *step = POINTER, *zero = POINTER, *importance = POINTER;
     float *error = POINTER;
+    int32_t *best = POINTER;
     int64_t groups = INTEGER, groups_a_row = INTEGER, size = INTEGER, candidates = INTEGER;
     const Grid *grid = POINTER;
-    BY_KIND(measure, w, step, zero, importance, error, groups, groups_a_row, size, candidates, first, last, *grid)
+    BY_KIND(measure, w, step, zero, importance, error, best, groups, groups_a_row, size, candidates, first, last, *grid)
 }
 
 /* Places between grid values (places.py): matrices [E, O, I], their rows one after the other, scales [E, O, G]. A part

@@ -40,6 +40,7 @@ __all__ = [
     "draw_places",
     "has_tiles",
     "is_available",
+    "least_rounding_errors",
     "packed",
     "rounding_errors",
     "sums",
@@ -266,14 +267,35 @@ def rounding_errors(
 
     An error costs the importance of its column where it is given.
     """
+    error_KOG = torch.empty(step_KOG.shape)
+    _round(w_OGN, step_KOG, zero_KOG, importance_GN, error_KOG, None, fmt)
+    return error_KOG
+
+
+def least_rounding_errors(
+    w_OGN: Tensor, step_KOG: Tensor, zero_KOG: Tensor | None, importance_GN: Tensor | None, fmt: Format
+) -> tuple[Tensor, Tensor]:
+    """The least of `rounding_errors` of each group `[O, G]`, and which it is; of equal ones the first."""
+    error_OG, best_OG = torch.empty(step_KOG.shape[1:]), torch.empty(step_KOG.shape[1:], dtype=torch.int32)
+    _round(w_OGN, step_KOG, zero_KOG, importance_GN, error_OG, best_OG, fmt)
+    return error_OG, best_OG.long()
+
+
+def _round(
+    w_OGN: Tensor,
+    step_KOG: Tensor,
+    zero_KOG: Tensor | None,
+    importance_GN: Tensor | None,
+    error: Tensor,
+    best_OG: Tensor | None,
+    fmt: Format,
+) -> None:
     num_candidates, num_rows, num_groups = step_KOG.shape
     total, size = num_rows * num_groups, w_OGN.shape[2]
-    error_KOG = torch.empty(step_KOG.shape)
     given = (None if x is None else x.contiguous() for x in (w_OGN, step_KOG, zero_KOG, importance_GN))
     sizes = (total, num_groups, size, num_candidates)
     grid = Grid.of(fmt, has_zero=zero_KOG is not None)
-    _run("rounding_errors", (*given, error_KOG), sizes, total, num_candidates * size * _ROUNDING, grid)
-    return error_KOG
+    _run("rounding_errors", (*given, error, best_OG), sizes, total, num_candidates * size * _ROUNDING, grid)
 
 
 def weigh_places(ground: Ground, gradient_EOI: Tensor, inverse: Factors) -> tuple[Tensor, Tensor, Tensor]:

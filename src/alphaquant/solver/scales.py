@@ -61,12 +61,11 @@ def search_scales(
         global_scale_E: as in `absmax_scales`.
         backend: what rounds.
     """
-    fmt = scheme.format
-    if len(w_EOI) > 1 and importance_EI is None and fmt.scale is not ScaleKind.E4M3 and fmt.block_rows == 1:
+    if len(w_EOI) > 1 and importance_EI is None and not scheme.format.has_one_group:
         # rows know nothing of their matrix: those of many small ones are searched together
         one = search_scales(w_EOI.flatten(0, 1)[None], scheme, backend=backend)
-        scale, zero = (None if x is None else x.view(*w_EOI.shape[:2], -1) for x in (one.scale, one.zero))
-        return Scales(scale, zero, None)
+        zero = None if one.zero is None else one.zero.view(*w_EOI.shape[:2], -1)
+        return Scales(one.scale.view(*w_EOI.shape[:2], -1), zero, None)
     start = absmax_scales(w_EOI, scheme, global_scale_E)
     num_groups = start.scale.shape[-1]
     scale, zero = start.scale.clone(), None if start.zero is None else start.zero.clone()
@@ -95,16 +94,19 @@ def whole_blocks(rows: int, scheme: Scheme) -> int:
 
 
 def _search(w_OGN: Tensor, start: Scales, scheme: Scheme, importance_GN: Tensor | None, backend: Backend) -> Scales:
-    errors_of = getattr(kernels_for(w_OGN, backend), "rounding_errors", _rounding_errors)
+    kernels = kernels_for(w_OGN, backend)
+    errors_of = getattr(kernels, "rounding_errors", _rounding_errors)
+    least_of = getattr(kernels, "least_rounding_errors", None) if scheme.format.block_rows == 1 else None
 
     def best_of(scale_KOG: Tensor, zero_KOG: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Of some candidates: the least error, which of them has it, and that one; of equal ones the first."""
         step_KOG = scale_KOG if start.global_scale is None else scale_KOG / start.global_scale
-        error_KOG = pool_rows(errors_of(w_OGN, step_KOG, zero_KOG, importance_GN, scheme.format), scheme)
-        index_OG = error_KOG.argmin(0)
-        error_OG, scale_OG, *zeros = (
-            x_KOG.gather(0, index_OG[None])[0] for x_KOG in (error_KOG, scale_KOG, zero_KOG) if x_KOG is not None
-        )
+        candidates = (w_OGN, step_KOG, zero_KOG, importance_GN, scheme.format)
+        if least_of is not None:
+            error_OG, index_OG = least_of(*candidates)
+        else:
+            error_OG, index_OG = pool_rows(errors_of(*candidates), scheme).min(0)
+        scale_OG, *zeros = (x_KOG.gather(0, index_OG[None])[0] for x_KOG in (scale_KOG, zero_KOG) if x_KOG is not None)
         return error_OG, index_OG, scale_OG, zeros[0] if zeros else None
 
     stretched = _Stretch.of(w_OGN, start, scheme)
