@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from alphaquant.pipeline import check_shards, export_checkpoint, run_status
 from alphaquant.pipeline import layer as layer_module
 from alphaquant.pipeline import run as run_module
 from alphaquant.pipeline import staging as staging_module
+from alphaquant.pipeline.rundir import RunDir
 from alphaquant.solver import Backend, Effort, Method, Recipe
 
 from . import tiny
@@ -127,6 +130,33 @@ def test_it_is_stopped_again_and_again(whole, olmoe, text, tmp_path, monkeypatch
     assert [run_status(out).done, run_status(out).total, run_status(out).starts] == [3, 3, 4]
     tiny.quantize(olmoe, out, PLAN, text)
     assert result_of(out) == result_of(whole("olmoe"))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.2], ids=["alone", "beside the original's"])
+def test_activations_do_not_move_while_they_are_written(olmoe, text, tmp_path, monkeypatch, strength):
+    recipe = Recipe(asymmetric_target=strength)
+    original, writers = RunDir.commit, []
+
+    def late(run, *args, **kwargs):
+        writers.append(threading.current_thread())
+        time.sleep(0.5)
+        original(run, *args, **kwargs)
+
+    def stop(phase, layer, num_layers, tokens=0):
+        if (phase, layer) == ("calibrate", 1) and "propagate" in seen:
+            raise Stop
+        seen[:] = [*seen, phase] if layer == 1 else []
+
+    seen: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "commit", late)
+        with pytest.raises(Stop):
+            tiny.quantize(olmoe, tmp_path / "out", PLAN, text, recipe=recipe, progress=stop)
+    assert len(writers) == 1
+    assert writers[0] is not threading.main_thread()
+    for name in ("out", "whole"):
+        tiny.quantize(olmoe, tmp_path / name, PLAN, text, recipe=recipe)
+    assert result_of(tmp_path / "out") == result_of(tmp_path / "whole")
 
 
 def test_without_calibration(olmoe, tmp_path, monkeypatch):

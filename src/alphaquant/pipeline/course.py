@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from alphaquant.pipeline.stream import chunks
 from alphaquant.pipeline.walk import quantize_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from alphaquant.calibration import TokenBatch
     from alphaquant.layouts import Layout
@@ -116,17 +117,25 @@ class Course:
             streams=streams,
             scratch=None if run is None else run.path,
         )
-        for index, (result, behind) in enumerate(walk, done):
-            for event in result.record.all_events():
-                self.log("fallback", module=event["module"], what=event["event"])
-            self._look_at(result.record)
-            self._commit(index, names[index], result, behind)
-            records.append(result.record)
-            del result  # its codes would lie beside the next layer's
+        quantizer = self.quantizer
+        with quantizer.behind.apart() if quantizer.limits.reads_ahead else nullcontext():
+            for index, (result, behind) in enumerate(walk, done):
+                for event in result.record.all_events():
+                    self.log("fallback", module=event["module"], what=event["event"])
+                self._look_at(result.record)
+                self._commit(index, names[index], result, behind)
+                records.append(result.record)
+                del result  # its codes would lie beside the next layer's
+            quantizer.settle()
         return records
 
     def _commit(self, index: int, names: list[str], result: QuantizedLayer, streams: Mapping[str, Stream]) -> None:
+        """Pack what was quantized, and let it be written while the next layer is begun.
+
+        The streams are written as they are until then: before one moves, the quantizer waits.
+        """
         clock, team, run = self.quantizer.clock, self.quantizer.team, self.run
+        self.quantizer.settle()
         with clock("pack"):
             own = self._own(names, result)
             refitted, read = result.refitted, self.job.prepared.source.read
@@ -142,15 +151,21 @@ class Course:
                 team.gather_turns(stream, chunks(*stream.shape[:2]))
         if run is None:
             return
-        with clock("write"):
-            run.write_note(self._record(index), result.record.to_dict())
+        left_out = sorted(self.quantizer.samples.left_out)
+        if streams and left_out:
+            streams = {**streams, _LEFT_OUT: torch.tensor(left_out)}
+        record = result.record
+
+        def write() -> Callable[[], None]:
+            run.write_note(self._record(index), record.to_dict())
             shard = run.add_shard(tensors)
-            left_out = sorted(self.quantizer.samples.left_out)
-            if streams and left_out:
-                streams = {**streams, _LEFT_OUT: torch.tensor(left_out)}
             seconds = clock.seconds | {"total": time.perf_counter() - self.begin}
             run.commit(streams, seconds, peak_memory_bytes=peak_memory_bytes())
-        self.log("commit", shard=shard.name, bytes=shard.num_bytes, sha256=shard.sha256)
+            facts = {"shard": shard.name, "bytes": shard.num_bytes, "sha256": shard.sha256}
+            return lambda: self.log("commit", layer=record.layer, **facts)
+
+        with clock("write"):
+            self.quantizer.behind.do(write)
 
     def _look_at(self, record: LayerRecord) -> None:
         if self.strict:
@@ -197,7 +212,7 @@ class Watch:
 
     def log(self, event: str, **facts: Any) -> None:
         """Log with what is known of every event."""
-        self._log(event, layer=self.layer, **facts, peak_memory_bytes=peak_memory_bytes(), rank=self._team.rank)
+        self._log(event, **{"layer": self.layer, **facts}, peak_memory_bytes=peak_memory_bytes(), rank=self._team.rank)
 
 
 def require_equal(team: Team, identity: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from alphaquant.models import MoESpec, Source, as_served, head_input
+from alphaquant.pipeline.behind import Behind
 from alphaquant.pipeline.collect import Collector, Reading, Rows, Shown, collection_passes, exchanged, widths
 from alphaquant.pipeline.distributed import SOLO, Team
 from alphaquant.pipeline.pace import Pace, fits
@@ -84,6 +85,7 @@ class LayerQuantizer:
         team: the processes that share the work.
         samples: which calibration samples are left out.
         pace: how many of them go at a time; it falls where a device's memory runs out.
+        behind: what is still done with the streams as they are; waited for before one moves.
     """
 
     spec: ModelSpec
@@ -95,6 +97,7 @@ class LayerQuantizer:
     team: Team = SOLO
     samples: Samples = field(default_factory=Samples)
     pace: Pace = field(default_factory=Pace)
+    behind: Behind = field(default_factory=Behind)
 
     @property
     def solver(self) -> LayerSolver:
@@ -160,6 +163,7 @@ class LayerQuantizer:
             if stacks and tunes and x_NLD is not None and original_NLD is not None:
                 tuning.append(self._tune(half, layer, served, x_NLD, original_NLD, stacks, where, result, notes))
             if x_NLD is not None:
+                self.settle()
                 self._tell("propagate", layer, x_NLD)
                 with self.clock("propagate"):
                     notes += self._propagate(half, layer, served, x_NLD, f"layer {layer}, {where}")
@@ -201,6 +205,12 @@ class LayerQuantizer:
             stacks = self.solver.stacks(None, [parameter])
             self.solver.solve(None, outer, stacks, takes[self.team.rank], hessian, result)
         return result
+
+    def settle(self) -> None:
+        """Wait until the layer before is written."""
+        if self.behind.is_busy:
+            with self.clock("write"):
+                self.behind.wait()
 
     def _shares(self, stacks: Sequence[Stack]) -> dict[Reading, tuple[list[range], int]]:
         """Of each reading the experts that each process sums Hessians of and solves, and its inputs."""
@@ -371,6 +381,7 @@ class LayerQuantizer:
             with self.clock("repair"):
                 turns = self.team.turns(self.samples.cuts(*x_NLD.shape[:2]))
                 refitted_ED, repair = refit_router(x_NLD, original_NLD, weights, self.spec, layer, turns, self.team)
+        self.settle()
         self._tell("propagate", layer, original_NLD)
         with self.clock("propagate"):
             notes += self._propagate(half, layer, weights, original_NLD, f"layer {layer}, {where}, original")
