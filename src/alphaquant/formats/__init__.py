@@ -10,6 +10,7 @@ from alphaquant.formats.codec import (
     quantize_values,
     quantize_with,
     round_scale,
+    scale_bounds,
 )
 from alphaquant.formats.grid import Grid, decode, encode, round_to_grid
 from alphaquant.formats.inputs import round_inputs
@@ -52,6 +53,7 @@ __all__ = [
     "round_inputs",
     "round_scale",
     "round_to_grid",
+    "scale_bounds",
     "unpack_int32",
     "unpack_rows",
 ]

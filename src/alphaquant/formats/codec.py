@@ -34,6 +34,7 @@ __all__ = [
     "quantize_values",
     "quantize_with",
     "round_scale",
+    "scale_bounds",
 ]
 
 _E4M3 = FORMATS["fp8"]
@@ -88,8 +89,12 @@ def round_scale(scale: Tensor, scheme: Scheme) -> Tensor:
         ceiling = (bits + 0x007FFFFF) & 0x7F800000
         # 2^-127 has no normal float32: it is the pattern 0x00400000.
         return torch.where(bits <= 0x00400000, 0x00400000, ceiling).view(torch.float32)
-    dtype = scheme.scale_dtype
-    return scale.clamp(_smallest_scale(dtype), _largest_scale(scheme)).to(dtype).float()
+    return scale.clamp(*scale_bounds(scheme)).to(scheme.scale_dtype).float()
+
+
+def scale_bounds(scheme: Scheme) -> tuple[float, float]:
+    """The least and the largest scale of kind MODEL."""
+    return _smallest_scale(scheme.scale_dtype), _largest_scale(scheme)
 
 
 def initial_scale(

@@ -470,15 +470,14 @@ static inline int64_t rows_of(int64_t sub, int64_t count) {
 
 /* Of tile `index` of E times ceil(O / 128): where its rows lie. */
 typedef struct {
-    int64_t count, square, weights, scales, loss, packed, in_block; /* in_block: in [E, width, O] */
+    int64_t count, square, weights, scales, loss;
 } Place;
 
-static inline Place place_of(int64_t index, int64_t columns, int64_t rows, int64_t groups, int64_t width) {
+static inline Place place_of(int64_t index, int64_t columns, int64_t rows, int64_t groups) {
     int64_t height = PANELS * SIDE, tiles = (rows + height - 1) / height;
     int64_t expert = index / tiles, row = index % tiles * height, count = rows - row;
     return (Place){count < height ? count : height, expert * columns * columns, expert * columns * rows + row,
-                   expert * groups * rows + row, expert * rows + row, index * PANELS * columns,
-                   expert * width * rows + row};
+                   expert * groups * rows + row, expert * rows + row};
 }
 
 EACH_KIND walk_tile(const float *restrict w, const float *restrict step, const float *restrict zero,
@@ -536,7 +535,7 @@ void walk_all(const Given *given, int64_t first, int64_t last) {
     configure_tiles();
     errors += first * PANELS * columns;
     for (int64_t index = first; index < last; index++) {
-        Place at = place_of(index, columns, rows, groups, 0);
+        Place at = place_of(index, columns, rows, groups);
         int64_t expert = at.square / columns / columns;
         BY_KIND(walk_tile, w + at.weights, step + at.scales, zero ? zero + at.scales : 0, feedback + at.square,
                 packed + at.square / SIDE, curvature + expert * columns, order + expert * columns, value + at.weights,
@@ -546,23 +545,18 @@ void walk_all(const Given *given, int64_t first, int64_t last) {
 }
 
 /* What is left of weights, w - v * step, as a right matrix: columns start … start + width. */
-void pack_rest(const Given *given, int64_t first, int64_t last) {
-    const float *w = POINTER, *step = POINTER, *value = POINTER;
-    Pairs *rest = POINTER;
-    int64_t columns = INTEGER, rows = INTEGER, groups = INTEGER, start = INTEGER, width = INTEGER;
-    int64_t group = columns / groups;
-    for (int64_t index = first; index < last; index++) {
-        Place at = place_of(index, columns, rows, groups, 0);
-        for (int64_t sub = 0; sub < SUBTILES; sub++) {
-            int64_t here = rows_of(sub, at.count);
-            Line e[LEAF] = {0};
-            for (int64_t leaf = start; leaf < start + width; leaf += LEAF) {
-                for (int64_t j = leaf; j < leaf + LEAF; j++) {
-                    int64_t from = at.weights + j * rows + sub * ROWS, scale = at.scales + j / group * rows + sub * ROWS;
-                    for (int64_t r = 0; r < here; r++) e[j - leaf].x[r] = w[from + r] - value[from + r] * step[scale + r];
-                }
-                pack_leaf(rest + at.packed + sub * VECTORS * columns, columns, leaf, e);
+static inline void pack_rest(const float *restrict w, const float *restrict step, const float *restrict value,
+                             Pairs *restrict rest, int64_t columns, int64_t rows, int64_t group, int64_t start,
+                             int64_t width, int64_t count) {
+    for (int64_t sub = 0; sub < SUBTILES; sub++) {
+        int64_t here = rows_of(sub, count);
+        Line e[LEAF] = {0};
+        for (int64_t leaf = start; leaf < start + width; leaf += LEAF) {
+            for (int64_t j = leaf; j < leaf + LEAF; j++) {
+                int64_t from = j * rows + sub * ROWS, scale = j / group * rows + sub * ROWS;
+                for (int64_t r = 0; r < here; r++) e[j - leaf].x[r] = w[from + r] - value[from + r] * step[scale + r];
             }
+            pack_leaf(rest + sub * VECTORS * columns, columns, leaf, e);
         }
     }
 }
@@ -585,62 +579,63 @@ static inline void add_weighted(float *restrict sum, Lines t, const float *restr
     }
 }
 
-/* The gradient H (w - v * step) [E, width, O] of the columns start … start + width; where asked for H v of the columns
-   among themselves (`curved`), the sums of v times either [E, O], and the loss, of which each call adds its columns'
-   share, all columns being as they are in the first call when their own is made. */
-void gradient_block(const Given *given, int64_t first, int64_t last) {
-    const float *w = POINTER, *step = POINTER, *value = POINTER;
-    const Pairs *packed = POINTER, *rest = POINTER;
-    float *gradient = POINTER, *curved = POINTER, *slope = POINTER, *curve = POINTER, *loss = POINTER;
-    int64_t columns = INTEGER, rows = INTEGER, groups = INTEGER, start = INTEGER, width = INTEGER;
-    int64_t group = columns / groups, stop = start + width;
-    configure_tiles();
-    for (int64_t index = first; index < last; index++) {
-        Place at = place_of(index, columns, rows, groups, width);
-        const Pairs *left = packed + at.square / SIDE + start / SIDE * columns, *right = rest + at.packed;
-        Lines t = {0};
-        if (loss) {
-            int64_t ends[] = {columns, stop, start, 0};
-            for (int i = 0; i < 3; i++) {
-                add_products(t, left, columns, right, columns, width, ends[i + 1], ends[i]);
-                if (i < 2)
-                    add_weighted(loss + at.loss, t, w + at.weights, step + at.scales, value + at.weights, rows, group,
-                                 start, width, at.count);
-            }
-        } else add_products(t, left, columns, right, columns, width, 0, columns);
-        for (int64_t sub = 0; sub < SUBTILES; sub++)
-            store(gradient + at.in_block + sub * ROWS, t[sub], rows, width, rows_of(sub, at.count));
-        if (!curved) continue;
-        add_weighted(slope + at.loss, t, 0, step, value + at.weights, rows, group, start, width, at.count);
-        Pairs own[PANELS * COLUMNS];
-        for (int64_t sub = 0; sub < SUBTILES; sub++)
-            for (int64_t j = 0; j < width; j += LEAF) {
-                Line v[LEAF];
-                load(v, value + at.weights + (start + j) * rows + sub * ROWS, rows, LEAF, rows_of(sub, at.count));
-                pack_leaf(own + sub * VECTORS * width, width, j, v);
-            }
-        memset(t, 0, sizeof t);
-        add_products(t, left + start, columns, own, width, width, 0, width);
-        for (int64_t sub = 0; sub < SUBTILES; sub++)
-            store(curved + at.in_block + sub * ROWS, t[sub], rows, width, rows_of(sub, at.count));
-        add_weighted(curve + at.loss, t, 0, step, value + at.weights, rows, group, start, width, at.count);
-    }
-    _tile_release();
+/* How scales are stored: so many bits of a float's mantissa are dropped (bf16 16, fp16 13), between two bounds; and
+   whether all rows of a tile share them. */
+typedef struct {
+    int32_t dropped, is_shared;
+    float low, high;
+} Storage;
+
+static inline float stored(float x, Storage as) {
+    uint32_t bits, last = 1u << as.dropped;
+    x = clamp(x, as.low, as.high);
+    if (as.dropped == 13 && x < 0x1p-14f) return (x + 0.75f) - 0.75f; /* below fp16's normal numbers */
+    if (!as.dropped) return x;
+    memcpy(&bits, &x, sizeof bits);
+    bits = (bits + (last / 2 - 1) + (bits >> as.dropped & 1)) & ~(last - 1);
+    memcpy(&x, &bits, sizeof bits);
+    return x;
 }
 
-EACH_KIND descend_tile(const float *restrict w, const float *restrict step, const float *restrict zero,
-                       float *restrict value, const float *restrict h, Pairs *restrict rest,
-                       const float *restrict gradient, const float *restrict curved, const float *restrict less,
-                       float *restrict loss, int64_t columns, int64_t rows, int64_t group, int64_t start,
-                       int64_t width, int64_t count, Grid grid, int is_float, int has_zero) {
+static inline void share(float *x, int64_t count) {
+    float total = 0;
+    for (int64_t r = 0; r < count; r++) total += x[r];
+    for (int64_t r = 0; r < count; r++) x[r] = total;
+}
+
+/* The best scales of a group given its sums (see refine._fitted), by how much they are less, and what that changes. */
+static inline void fit(float *restrict step, float *restrict less, float *restrict loss, const float *restrict slope,
+                       const float *restrict curve, int64_t count, Storage as) {
+    float new[PANELS * SIDE], change[PANELS * SIDE], slopes[PANELS * SIDE], curves[PANELS * SIDE];
+    memcpy(slopes, slope, sizeof slopes);
+    memcpy(curves, curve, sizeof curves);
+    if (as.is_shared) share(slopes, count), share(curves, count);
+    for (int64_t r = 0; r < count; r++) {
+        float wanted = step[r] + (curves[r] > 0 ? slopes[r] / curves[r] : 0), off = wanted / step[r] - 1;
+        new[r] = stored(off < 0.5f && off > -0.5f ? wanted : step[r], as);
+        less[r] = step[r] - new[r];
+        change[r] = less[r] * (2 * slope[r] + less[r] * curve[r]);
+    }
+    float own[PANELS * SIDE];
+    memcpy(own, change, sizeof own);
+    if (as.is_shared) share(change, count);
+    for (int64_t r = 0; r < count; r++) {
+        int is_better = change[r] < 0;
+        step[r] = is_better ? new[r] : step[r];
+        less[r] = is_better ? less[r] : 0;
+        loss[r] += is_better ? own[r] : 0;
+    }
+}
+
+/* Coordinate descent over the columns start … start + width, from their gradient; what it changes is added to the loss. */
+EACH_KIND descend_tile(Lines t, const float *restrict w, const float *restrict step, const float *restrict zero,
+                       float *restrict value, const float *restrict h, Pairs *restrict rest, float *restrict loss,
+                       int64_t columns, int64_t rows, int64_t group, int64_t start, int64_t width, int64_t count,
+                       Grid grid, int is_float, int has_zero) {
     const float *reach = h + start * columns + start;
     for (int64_t sub = 0; sub < SUBTILES; sub++) {
         int64_t here = rows_of(sub, count), from = sub * ROWS;
-        Line t[COLUMNS], moved[LEAF] = {0}, e[LEAF] = {0}, change = {0};
-        load(t, gradient + from, rows, width, here);
-        if (less)
-            for (int64_t j = 0; j < width; j++)
-                for (int64_t r = 0; r < here; r++) t[j].x[r] += curved[j * rows + from + r] * less[from + r];
+        Line moved[LEAF] = {0}, e[LEAF] = {0}, change = {0};
         for (int64_t leaf = 0; leaf < width; leaf += LEAF) {
             int64_t end = leaf + LEAF, next = end < width ? end + LEAF : width;
             fetch(w + start * rows + from, rows, end, next, here);
@@ -650,36 +645,92 @@ EACH_KIND descend_tile(const float *restrict w, const float *restrict step, cons
                 float h_jj = reach[j * columns + j];
                 Line q, *by = moved + j - leaf;
                 for (int64_t r = 0; r < here; r++) q.x[r] = value[at + r] * step[scale + r];
-                descend_column(t + j, by, q.x, 1 / h_jj, step + scale, has_zero ? zero + scale : 0, value + at, here,
+                descend_column(t[sub] + j, by, q.x, 1 / h_jj, step + scale, has_zero ? zero + scale : 0, value + at, here,
                                grid, is_float, has_zero);
                 for (int64_t r = 0; r < here; r++) e[j - leaf].x[r] = w[at + r] - q.x[r];
-                for (int i = 0; i < VECTORS; i++) change.v[i] += by->v[i] * (2 * t[j].v[i] + by->v[i] * h_jj);
-                spread(t, reach + j * columns, 0, by, 1, j + 1, end);
+                for (int i = 0; i < VECTORS; i++) change.v[i] += by->v[i] * (2 * t[sub][j].v[i] + by->v[i] * h_jj);
+                spread(t[sub], reach + j * columns, 0, by, 1, j + 1, end);
             }
-            spread(t, reach + leaf * columns, columns, moved, LEAF, end, width);
+            spread(t[sub], reach + leaf * columns, columns, moved, LEAF, end, width);
             pack_leaf(rest + sub * VECTORS * columns, columns, start + leaf, e);
         }
         for (int64_t r = 0; r < here; r++) loss[from + r] += change.x[r];
     }
 }
 
-/* Coordinate descent over the same columns, from their gradient, to which `less` times `curved` is added where scales
-   have become less; what it changes is added to the loss. */
-void descend_tiles(const Given *given, int64_t first, int64_t last) {
-    const float *w = POINTER, *step = POINTER, *zero = POINTER;
+typedef struct {
+    int32_t width, sweeps, fits, descends; /* columns that are changed together, a group where scales are fitted */
+} Sweeps;
+
+EACH_KIND refine_tile(const float *restrict w, float *restrict step, const float *restrict zero, float *restrict value,
+                      const float *restrict h, const Pairs *restrict packed, Pairs *restrict rest,
+                      float *restrict loss, int64_t columns, int64_t rows, int64_t group, int64_t count, Sweeps how,
+                      Storage as, Grid grid, int is_float, int has_zero) {
+    float total[PANELS * SIDE] = {0};
+    pack_rest(w, step, value, rest, columns, rows, group, 0, columns, count);
+    for (int64_t sweep = 0; sweep < how.sweeps; sweep++)
+        for (int64_t start = 0; start < columns; start += how.width) {
+            int64_t width = columns - start < how.width ? columns - start : how.width;
+            const Pairs *left = packed + start / SIDE * columns;
+            Lines t = {0}; /* the gradient H (w - v * step) of these columns */
+            if (sweep) add_products(t, left, columns, rest, columns, width, 0, columns);
+            else { /* all columns from here on are as they were: their share of the loss there was */
+                int64_t ends[] = {columns, start + width, start, 0};
+                for (int i = 0; i < 3; i++) {
+                    add_products(t, left, columns, rest, columns, width, ends[i + 1], ends[i]);
+                    if (i < 2) add_weighted(total, t, w, step, value, rows, group, start, width, count);
+                }
+            }
+            if (how.fits) {
+                Lines curved = {0}; /* H v of these columns among themselves */
+                Pairs own[PANELS * COLUMNS];
+                float less[PANELS * SIDE] = {0}, slope[PANELS * SIDE] = {0}, curve[PANELS * SIDE] = {0};
+                for (int64_t sub = 0; sub < SUBTILES; sub++)
+                    for (int64_t j = 0; j < width; j += LEAF) {
+                        Line v[LEAF];
+                        load(v, value + (start + j) * rows + sub * ROWS, rows, LEAF, rows_of(sub, count));
+                        pack_leaf(own + sub * VECTORS * width, width, j, v);
+                    }
+                add_products(curved, left + start, columns, own, width, width, 0, width);
+                add_weighted(slope, t, 0, step, value, rows, group, start, width, count);
+                add_weighted(curve, curved, 0, step, value, rows, group, start, width, count);
+                fit(step + start / group * rows, less, total, slope, curve, count, as);
+                for (int64_t sub = 0; sub < SUBTILES; sub++)
+                    for (int64_t j = 0; j < width; j++)
+                        for (int64_t r = 0; r < ROWS; r++) t[sub][j].x[r] += curved[sub][j].x[r] * less[sub * ROWS + r];
+            }
+            if (how.descends)
+                descend_tile(t, w, step, zero, value, h, rest, total, columns, rows, group, start, width, count, grid,
+                             is_float, has_zero);
+            else pack_rest(w, step, value, rest, columns, rows, group, start, width, count);
+        }
+    memcpy(loss, total, count * sizeof(float));
+}
+
+/* Refinement of values [E, I, O] and scales [E, G, O]: so many sweeps over all columns, of which some at a time have
+   their scale fitted and their values descend, where that is asked for. Losses are [E, O]; `rest` is as in walk_all. */
+void refine_all(const Given *given, int64_t first, int64_t last) {
+    const float *w = POINTER;
+    float *step = POINTER;
+    const float *zero = POINTER;
     float *value = POINTER;
     const float *h = POINTER;
-    Pairs *rest = POINTER;
-    const float *gradient = POINTER, *curved = POINTER, *less = POINTER;
+    const Pairs *packed = POINTER;
     float *loss = POINTER;
-    int64_t columns = INTEGER, rows = INTEGER, groups = INTEGER, start = INTEGER, width = INTEGER;
+    Pairs *rest = POINTER;
+    int64_t columns = INTEGER, rows = INTEGER, groups = INTEGER;
+    const Sweeps *how = POINTER;
+    const Storage *as = POINTER;
     const Grid *grid = POINTER;
+    configure_tiles();
+    rest += first * PANELS * columns;
     for (int64_t index = first; index < last; index++) {
-        Place at = place_of(index, columns, rows, groups, width);
-        BY_KIND(descend_tile, w + at.weights, step + at.scales, zero ? zero + at.scales : 0, value + at.weights,
-                h + at.square, rest + at.packed, gradient + at.in_block, less ? curved + at.in_block : 0,
-                less ? less + at.loss : 0, loss + at.loss, columns, rows, columns / groups, start, width, at.count, *grid)
+        Place at = place_of(index, columns, rows, groups);
+        BY_KIND(refine_tile, w + at.weights, step + at.scales, zero ? zero + at.scales : 0, value + at.weights,
+                h + at.square, packed + at.square / SIDE, rest, loss + at.loss, columns, rows, columns / groups,
+                at.count, *how, *as, *grid)
     }
+    _tile_release();
 }
 
 /* 32 rows of 16 columns from `begin`, those behind `end` being zeros, each times a root and rounded again. */

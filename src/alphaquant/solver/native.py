@@ -10,7 +10,6 @@ two, three products for one. What is multiplied again and again is packed once (
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,15 +32,18 @@ if TYPE_CHECKING:
     from alphaquant.solver.scales import Scales
 
 __all__ = [
-    "Rest",
+    "Storage",
+    "Sweeps",
     "add_grams",
     "add_products",
     "descend_block",
     "draw_places",
+    "fits_tiles",
     "has_tiles",
     "is_available",
     "least_rounding_errors",
     "packed",
+    "refine",
     "rounding_errors",
     "sums",
     "walk",
@@ -58,6 +60,7 @@ _ITEM = 4  # bytes of all numbers
 _WALK, _ROUNDING, _PLACE = 4, 1, 1  # nanoseconds a weight
 _PACK = 0.5  # nanoseconds that a number takes to be packed
 _PACKED = 1 << 23  # bytes of rows that are packed together
+_DROPPED = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float's mantissa
 _PRODUCT = 128  # terms of a product in tiles a nanosecond
 
 
@@ -69,6 +72,19 @@ class _Grid(ctypes.Structure):
         ("high", ctypes.c_float),
         ("least_binade", ctypes.c_float),
         ("steps", ctypes.c_float),
+    )
+
+
+class _Sweeps(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("width", "sweeps", "fits", "descends"))
+
+
+class _Storage(ctypes.Structure):
+    _fields_ = (
+        ("dropped", ctypes.c_int32),
+        ("is_shared", ctypes.c_int32),
+        ("low", ctypes.c_float),
+        ("high", ctypes.c_float),
     )
 
 
@@ -161,93 +177,83 @@ def walk(w_EIO: Tensor, scales: Scales, factor: Factor, fmt: Format) -> tuple[Te
     order_EI = factor.order_EI.int()
     given = (w_EIO, step_EGO, zero_EGO, factor.feedback_EII, factor.packed_EII, factor.curvature_EI, order_EI)
     tensors = (*given, value_EIO, loss_EO, _room_for(w_EIO))
-    _over_high_tiles("walk_all", tensors, w_EIO, (step_EGO.shape[1],), size * _WALK, fmt, has_zero=zero_EGO is not None)
+    grid, total = Grid.of(fmt, has_zero=zero_EGO is not None), num_experts * -(-num_rows // _TILE_ROWS)
+    _run("walk_all", tensors, (size, num_rows, step_EGO.shape[1]), total, size * _WALK * _TILE_ROWS, grid)
     return value_EIO, loss_EO
 
 
-class Gradient(NamedTuple):
-    """The gradient of some columns, `[E, B, O]`, and what their scale is fitted by.
+class Sweeps(NamedTuple):
+    """What refinement does.
 
     Attributes:
-        gradient_EBO: `H (W - Q)`.
-        curved_EBO: `H v` of these columns among themselves.
-        slope_EO: the sums of grid values times the gradient.
-        curve_EO: their sums times `curved`.
+        width: columns that are changed together: of a group where scales are fitted, at most 128, a multiple of 32.
+        sweeps: over all of them.
+        fits: whether scales are refitted to the values.
+        descends: whether values descend, then.
     """
 
-    gradient_EBO: Tensor
-    curved_EBO: Tensor | None = None
-    slope_EO: Tensor | None = None
-    curve_EO: Tensor | None = None
+    width: int
+    sweeps: int
+    fits: bool
+    descends: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Rest:
-    """Weights under refinement by products in tiles, and what is left of them, packed: `w - v * step`.
+class Storage(NamedTuple):
+    """How scales are stored that are fitted.
 
     Attributes:
-        w_EIO: the weights.
+        dtype: bfloat16, float16 or float32.
+        low: the least.
+        high: the largest.
+        block_rows: rows that share them: 1 or 128.
+    """
+
+    dtype: torch.dtype
+    low: float
+    high: float
+    block_rows: int
+
+
+def fits_tiles(block_rows: int, width: int) -> bool:
+    """Whether `refine` takes so many rows that share a scale, and columns that are changed together."""
+    return block_rows in (1, _TILE_ROWS) and width <= _COLUMNS and width % STEP == 0
+
+
+def refine(
+    w_EIO: Tensor,
+    value_EIO: Tensor,
+    scales: Scales,
+    h_EII: Tensor,
+    packed_EII: Tensor,
+    fmt: Format,
+    how: Sweeps,
+    storage: Storage,
+) -> tuple[Tensor, Tensor]:
+    """Refinement by products in tiles; see `refine`. A tile's rows go through all of it while they are in a cache.
+
+    Args:
+        w_EIO: weights.
         value_EIO: grid values, changed in place.
-        step_EGO: steps of groups, changed by the caller, who then packs the group's columns anew.
-        zero_EGO: zero points.
-        h_EII: Hessians.
+        scales: where to start from.
+        h_EII: damped Hessians.
         packed_EII: packed.
-        rest_EOI: what is left, packed.
         fmt: number format.
+        how: what is done.
+        storage: how scales are stored.
+
+    Returns:
+        Steps `[E, G, O]`, and the loss `[E, O]`.
     """
-
-    w_EIO: Tensor
-    value_EIO: Tensor
-    step_EGO: Tensor
-    zero_EGO: Tensor | None
-    h_EII: Tensor
-    packed_EII: Tensor
-    rest_EOI: Tensor
-    fmt: Format
-
-    @classmethod
-    def of(
-        cls, w_EIO: Tensor, value_EIO: Tensor, scales: Scales, h_EII: Tensor, packed_EII: Tensor, fmt: Format
-    ) -> Rest:
-        """With all columns packed."""
-        step_EGO, zero_EGO = _groups_first(scales)
-        rest = cls(w_EIO, value_EIO, step_EGO.clone(), zero_EGO, h_EII, packed_EII, _room_for(w_EIO), fmt)
-        rest.pack(slice(0, w_EIO.shape[1]))
-        return rest
-
-    def pack(self, cut: slice) -> None:
-        """Pack what is left of the columns of `cut`."""
-        tensors = (self.w_EIO, self.step_EGO, self.value_EIO, self.rest_EOI)
-        self._run("pack_rest", tensors, cut, 1)
-
-    def gradient(self, cut: slice, loss_EO: Tensor | None, *, fits: bool) -> Gradient:
-        """`H (W - Q)` of the columns of `cut`; their share of the loss is added to `loss`.
-
-        The shares of all columns, from the first to the last, are the loss that there was before the first.
-        """
-        num_experts, size, num_rows = self.w_EIO.shape
-        gradient_EBO = self.w_EIO.new_empty(num_experts, cut.stop - cut.start, num_rows)
-        found = Gradient(gradient_EBO)
-        if fits:
-            found = Gradient(
-                gradient_EBO, torch.empty_like(gradient_EBO), *gradient_EBO.new_zeros(2, num_experts, num_rows)
-            )
-        given = (self.w_EIO, self.step_EGO, self.value_EIO, self.packed_EII, self.rest_EOI)
-        self._run("gradient_block", (*given, *found, loss_EO), cut, size // _PRODUCT)
-        return found
-
-    def descend(self, cut: slice, gradient: Gradient, less_EO: Tensor | None, loss_EO: Tensor) -> None:
-        """Coordinate descent over the columns of `cut`, after their scale has become `less`."""
-        given = (self.w_EIO, self.step_EGO, self.zero_EGO, self.value_EIO, self.h_EII, self.rest_EOI)
-        tensors = (*given, gradient.gradient_EBO, gradient.curved_EBO, less_EO, loss_EO)
-        self._run("descend_tiles", tensors, cut, _WALK, self.fmt)
-
-    def _run(
-        self, name: str, tensors: Sequence[Tensor | None], cut: slice, cost: int, fmt: Format | None = None
-    ) -> None:
-        width = cut.stop - cut.start
-        sizes = (self.step_EGO.shape[1], cut.start, width)
-        _over_high_tiles(name, tensors, self.w_EIO, sizes, width * cost, fmt, has_zero=self.zero_EGO is not None)
+    num_experts, size, num_rows = w_EIO.shape
+    step_EGO, zero_EGO = _groups_first(scales)
+    step_EGO, loss_EO = step_EGO.clone(), w_EIO.new_empty(num_experts, num_rows)
+    tensors = (w_EIO, step_EGO, zero_EGO, value_EIO, h_EII, packed_EII, loss_EO, _room_for(w_EIO))
+    grid = _Grid(*Grid.of(fmt, has_zero=zero_EGO is not None))
+    stored = _Storage(_DROPPED[storage.dtype], storage.block_rows > 1, storage.low, storage.high)
+    numbers = (size, num_rows, step_EGO.shape[1], _Sweeps(*how), stored, grid)
+    cost = how.sweeps * size * (size / _PRODUCT + _WALK)
+    run_parts(_SOURCE, "refine_all", tensors, numbers, num_experts * -(-num_rows // _TILE_ROWS), cost * _TILE_ROWS)
+    return step_EGO, loss_EO
 
 
 def _groups_first(scales: Scales) -> tuple[Tensor, Tensor | None]:
@@ -382,23 +388,6 @@ def _over_tiles(name: str, tensors: Sequence[Tensor | None], columns: Columns, c
     grid = Grid.of(fmt, has_zero=columns.zero_EIO is not None)
     num_tiles = num_experts * -(-num_rows // _ROWS)
     _run(name, tensors, (num_columns, num_rows, cut.start, width), num_tiles, width * _ROWS * _WALK, grid)
-
-
-def _over_high_tiles(
-    name: str,
-    tensors: Sequence[Tensor | None],
-    w_EIO: Tensor,
-    sizes: Sequence[int],
-    cost: int,
-    fmt: Format | None,
-    *,
-    has_zero: bool,
-) -> None:
-    """The same for tiles of 128 rows; `cost` nanoseconds a row."""
-    num_experts, size, num_rows = w_EIO.shape
-    num_tiles = num_experts * -(-num_rows // _TILE_ROWS)
-    grid = None if fmt is None else Grid.of(fmt, has_zero=has_zero)
-    _run(name, tensors, (size, num_rows, *sizes), num_tiles, cost * _TILE_ROWS, grid)
 
 
 def _run(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from alphaquant.formats import ElementKind, ScaleKind, decode, pool_rows, quantize_values, round_scale
+from alphaquant.formats import ElementKind, ScaleKind, decode, pool_rows, quantize_values, round_scale, scale_bounds
 from alphaquant.solver import native
 from alphaquant.solver.backend import Backend, kernels_for
 from alphaquant.solver.gptq import Columns, Solution, encode_grouped
@@ -87,7 +87,7 @@ def refit_scales(
     """Group by group the scale of least loss for the codes as they are, rounded to its storage type."""
     in_tiles = _InTiles.of(w_EOI, h_EII, quantized, packed_EII)
     if in_tiles is not None:
-        return in_tiles.refitted()
+        return in_tiles.refined(1, descends=False).quantized
     state = _State.of(w_EOI, h_EII, quantized, product)
     for cut in state.cuts():
         moved_EBO = torch.zeros_like(state.gradient_EIO[:, cut])
@@ -242,53 +242,35 @@ class _State:
 
 
 class _InTiles(NamedTuple):
-    """The same by products in tiles: a gradient is made when it is asked for, from what is left of all columns."""
+    """The same by products in tiles, which are made anew for each gradient from what is left of all columns."""
 
     start: QuantizedTensor
-    rest: native.Rest
-    cuts: list[slice]
-    fits: bool
+    w_EIO: Tensor
+    h_EII: Tensor
+    packed_EII: Tensor
+    width: int
 
     @classmethod
     def of(cls, w_EOI: Tensor, h_EII: Tensor, quantized: QuantizedTensor, packed_EII: Tensor | None) -> _InTiles | None:
         """None where the columns that are changed together are no tiles."""
-        fits, size = quantized.scheme.format.scale is ScaleKind.MODEL, w_EOI.shape[2]
-        width = size // quantized.scale.shape[2] if fits else _BLOCK
-        if packed_EII is None or width > _BLOCK or width % native.STEP:
+        fmt, size = quantized.scheme.format, w_EOI.shape[2]
+        width = size // quantized.scale.shape[2] if fmt.scale is ScaleKind.MODEL else _BLOCK
+        if packed_EII is None or not native.fits_tiles(fmt.block_rows, width):
             return None
-        scales = Scales(quantized.scale, quantized.zero, quantized.global_scale)
-        w_EIO, value_EIO = w_EOI.transpose(1, 2).float().contiguous(), _values(quantized).transpose(1, 2).contiguous()
-        rest = native.Rest.of(w_EIO, value_EIO, scales, h_EII, packed_EII, quantized.scheme.format)
-        return cls(quantized, rest, [slice(at, min(at + width, size)) for at in range(0, size, width)], fits)
+        return cls(quantized, w_EOI.transpose(1, 2).float().contiguous(), h_EII, packed_EII, width)
 
-    def refined(self, sweeps: int) -> Solution:
-        loss_EO = self.rest.w_EIO.new_zeros(self.start.scale.shape[:2])
-        for sweep in range(sweeps):
-            for cut in self.cuts:
-                gradient = self.rest.gradient(cut, None if sweep else loss_EO, fits=self.fits)
-                less_EO = self._fit(cut, gradient, loss_EO) if self.fits else None
-                self.rest.descend(cut, gradient, less_EO, loss_EO)
-        codes = encode_grouped(self.rest.value_EIO.transpose(1, 2), self.start.zero, self.start.scheme)
-        return Solution(replace(self.start, codes=codes, scale=self._scale()), loss_EO)
-
-    def refitted(self) -> QuantizedTensor:
-        for cut in self.cuts:
-            self._fit(cut, self.rest.gradient(cut, None, fits=True), None)
-            self.rest.pack(cut)
-        return replace(self.start, scale=self._scale())
-
-    def _fit(self, cut: slice, gradient: native.Gradient, loss_EO: Tensor | None) -> Tensor:
-        assert gradient.slope_EO is not None
-        assert gradient.curve_EO is not None
-        step_EO = self.rest.step_EGO[:, cut.start // (cut.stop - cut.start)]
-        new_EO, less_EO, change_EO = _fitted(step_EO, gradient.slope_EO, gradient.curve_EO, self.start.scheme)
-        step_EO.copy_(new_EO)
-        if loss_EO is not None:
-            loss_EO += change_EO
-        return less_EO
-
-    def _scale(self) -> Tensor:
-        return self.rest.step_EGO.transpose(1, 2).contiguous() if self.fits else self.start.scale
+    def refined(self, sweeps: int, *, descends: bool = True) -> Solution:
+        start, scheme = self.start, self.start.scheme
+        fits = scheme.format.scale is ScaleKind.MODEL
+        value_EIO = _values(start).transpose(1, 2).contiguous()
+        scales = Scales(start.scale, start.zero, start.global_scale)
+        how = native.Sweeps(self.width, sweeps, fits, descends)
+        storage = native.Storage(scheme.scale_dtype, *scale_bounds(scheme), scheme.format.block_rows)
+        weights = (self.w_EIO, value_EIO, scales, self.h_EII, self.packed_EII)
+        step_EGO, loss_EO = native.refine(*weights, scheme.format, how, storage)
+        scale = step_EGO.transpose(1, 2).contiguous() if fits else start.scale
+        codes = encode_grouped(value_EIO.transpose(1, 2), start.zero, scheme) if descends else start.codes
+        return Solution(replace(start, codes=codes, scale=scale), loss_EO)
 
 
 def _fitted(old_EO: Tensor, slope_EO: Tensor, curve_EO: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
