@@ -222,7 +222,8 @@ def quantize_stack(
         for experts in (rounded_E == is_rounded).nonzero()[:, 0].split(at_once):
             if experts.numel() == 0:
                 continue
-            index = experts.to(w_EOI.device)
+            # all of them lie there already: a copy would take as long as half a factorisation
+            index = slice(None) if len(experts) == num_experts else experts.to(w_EOI.device)
             h_part, damping_E = None, None
             if h_EII is not None and effective_E is not None:
                 h_part, damping_E = trusted(h_EII[index], effective_E[experts], recipe, is_tuned=leans)
@@ -348,18 +349,18 @@ def _solve_rows(
     global_scale_E: Tensor | None,
 ) -> Solution:
     spending = SPENDING[recipe.effort]
-    covering = absmax_scales(w_EOI, scheme, global_scale_E)
     if factor is None or damped_EII is None:
-        rounded = round_to_nearest(w_EOI, scheme, covering, damped_EII)
+        rounded = round_to_nearest(w_EOI, scheme, absmax_scales(w_EOI, scheme, global_scale_E), damped_EII)
         if not spending.search:
             return rounded
         importance_EI = None if damped_EII is None else damped_EII.diagonal(dim1=1, dim2=2)
         scales = search_scales(w_EOI, scheme, importance_EI, global_scale_E, recipe.backend)
         # errors of correlated inputs add up: the search sees single columns, so it may lose to where it began
         return better_rows(rounded, round_to_nearest(w_EOI, scheme, scales, damped_EII))
-    scales = covering
     if spending.search:
         scales = search_scales(w_EOI, scheme, global_scale_E=global_scale_E, backend=recipe.backend)
+    else:
+        scales = absmax_scales(w_EOI, scheme, global_scale_E)
     w_EOI = w_EOI.transpose(1, 2).contiguous().transpose(1, 2)  # once, and not in every step
     solution = _best_walk(w_EOI, damped_EII, packed_EII, factor, scheme, scales, recipe)
     if spending.sweeps == 0:
