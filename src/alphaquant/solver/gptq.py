@@ -16,7 +16,7 @@ from alphaquant.formats import QuantizedTensor, encode, pool_rows, quantize_valu
 from alphaquant.solver.backend import Backend, kernels_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from alphaquant.solver.factor import Factor
     from alphaquant.solver.scales import Scales
 
-__all__ = ["Columns", "Solution", "better_rows", "encode_grouped", "solve"]
+__all__ = ["Columns", "Solution", "better_rows", "columns_first", "encode_grouped", "solve"]
 
 _LEAF = 16  # columns that torch walks one by one
 _MOST = 128  # columns that a kernel takes
@@ -160,6 +160,16 @@ def _collect(value_EIO: Tensor, scales: Scales, scheme: Scheme, order_EI: Tensor
     value_EIO = _columns(value_EIO.transpose(1, 2), order_EI.argsort(1))
     codes = encode_grouped(value_EIO.transpose(1, 2), scales.zero, scheme)
     return QuantizedTensor(codes, scales.scale, scales.zero, scales.global_scale, scheme)
+
+
+def columns_first(x_EOI: Tensor, backend: Backend = Backend.AUTO) -> Tensor:
+    """The transposes `[E, I, O]`, contiguous; not copied where columns lie first already."""
+    x_EIO = x_EOI.transpose(1, 2)
+    if x_EIO.is_contiguous():
+        return x_EIO
+    turned: Callable[[Tensor], Tensor | None] | None = getattr(kernels_for(x_EOI, backend), "turned", None)
+    out_EIO = None if turned is None else turned(x_EOI)
+    return x_EIO.contiguous() if out_EIO is None else out_EIO
 
 
 def _columns(x_EOJ: Tensor, index_EI: Tensor) -> Tensor:

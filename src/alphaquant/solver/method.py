@@ -17,7 +17,7 @@ from alphaquant.solver import native
 from alphaquant.solver.backend import Backend
 from alphaquant.solver.equalize import Moves, Permute, channel_order, equalizing_scales
 from alphaquant.solver.factor import Factor, damp, factorize, reorder, shrink
-from alphaquant.solver.gptq import Solution, better_rows, solve
+from alphaquant.solver.gptq import Solution, better_rows, columns_first, solve
 from alphaquant.solver.refine import leanings, refine, refit_scales
 from alphaquant.solver.rtn import round_to_nearest
 from alphaquant.solver.scales import Scales, absmax_scales, search_scales, whole_blocks
@@ -316,8 +316,9 @@ def _quantize_part(
     for w_part in w_EOI.split(whole_blocks(workspace // (num_experts * in_features), scheme), 1):
         w_part_EOI = w_part.float()
         solution = _solve_rows(w_part_EOI, damped_EII, packed_EII, factor, scheme, recipe, global_scale_E)
+        codes = columns_first(solution.quantized.codes.transpose(1, 2), recipe.backend)
         outcome = Outcome(
-            quantized=replace(solution.quantized, codes=solution.quantized.codes.contiguous()),
+            quantized=replace(solution.quantized, codes=codes),
             loss_EO=solution.loss_EO,
             energy_EO=_energy(w_part_EOI, damped_EII),
             damping_E=nothing_E if factor is None else factor.damping_E.cpu(),
@@ -361,7 +362,7 @@ def _solve_rows(
         scales = search_scales(w_EOI, scheme, global_scale_E=global_scale_E, backend=recipe.backend)
     else:
         scales = absmax_scales(w_EOI, scheme, global_scale_E)
-    w_EOI = w_EOI.transpose(1, 2).contiguous().transpose(1, 2)  # once, and not in every step
+    w_EOI = columns_first(w_EOI, recipe.backend).transpose(1, 2)  # once, and not in every step
     solution = _best_walk(w_EOI, damped_EII, packed_EII, factor, scheme, scales, recipe)
     if spending.sweeps == 0:
         return solution

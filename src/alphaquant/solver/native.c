@@ -373,6 +373,31 @@ void weights_of_places(const Given *given, int64_t first, int64_t last) {
     BY_KIND(stand_for, place, scale, zero, w, rows, columns, groups, first, last, *grid)
 }
 
+#define EDGE 64 /* of a block that is turned at a time */
+
+static inline __attribute__((always_inline)) void turn_items(const char *restrict x, char *restrict out, int64_t rows,
+                                                             int64_t columns, int64_t first, int64_t last, size_t item) {
+    for (int64_t part = first; part < last; part++) {
+        int64_t bands = (columns + EDGE - 1) / EDGE, begin = part % bands * EDGE, matrix = part / bands * rows * columns;
+        int64_t end = columns - begin < EDGE ? columns : begin + EDGE;
+        for (int64_t row = 0; row < rows; row += EDGE) {
+            int64_t stop = rows - row < EDGE ? rows : row + EDGE;
+            for (int64_t j = begin; j < end; j++)
+                for (int64_t i = row; i < stop; i++)
+                    memcpy(out + (matrix + j * rows + i) * item, x + (matrix + i * columns + j) * item, item);
+        }
+    }
+}
+
+/* The transposes [E, C, R] of matrices [E, R, C] of 4-byte numbers or of bytes; a part is EDGE columns of one. */
+void turn(const Given *given, int64_t first, int64_t last) {
+    const char *x = POINTER;
+    char *out = POINTER;
+    int64_t rows = INTEGER, columns = INTEGER, item = INTEGER;
+    if (item == 4) turn_items(x, out, rows, columns, first, last, 4);
+    else turn_items(x, out, rows, columns, first, last, 1);
+}
+
 #ifdef HAS_TILES
 
 /* Products of fp32 matrices in tiles of bf16: each number as the sum of two, high·high + high·low + low·high summed in

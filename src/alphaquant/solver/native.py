@@ -46,6 +46,7 @@ __all__ = [
     "refine",
     "rounding_errors",
     "sums",
+    "turned",
     "walk",
     "walk_block",
     "weigh_places",
@@ -55,9 +56,11 @@ __all__ = [
 _SOURCE = Path(__file__).with_name("native.c")
 _ROWS, _COLUMNS = 64, 128  # of a tile, as in native.c
 _TILE_ROWS, STEP, _PANEL = 128, 32, 16  # of what works in tiles of bf16, as there
+_EDGE = 64  # columns that are turned at a time, as there
 _BAND = 64  # rows of a part where places move, as there
 _ITEM = 4  # bytes of all numbers
 _WALK, _ROUNDING, _PLACE = 4, 1, 1  # nanoseconds a weight
+_TURN = 2  # that a number takes to be turned
 _PACK = 0.5  # nanoseconds that a number takes to be packed
 _PACKED = 1 << 23  # bytes of rows that are packed together
 _DROPPED = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # bits of a float's mantissa
@@ -130,6 +133,20 @@ def descend_block(
     tensors = (gradient_EBO, q_EIO, columns.step_EIO, columns.zero_EIO, h_EII, value_EIO, moved_EBO)
     _over_tiles("descend_block", tensors, columns, cut, fmt)
     return moved_EBO
+
+
+def turned(x_EAB: Tensor) -> Tensor | None:
+    """The transposes `[E, B, A]`, contiguous; None where a matrix is not contiguous, or neither of fp32 nor of bytes.
+
+    Block by block: torch goes through memory column by column.
+    """
+    if not x_EAB.is_contiguous() or x_EAB.dtype not in (torch.float32, torch.uint8):
+        return None
+    num_matrices, rows, columns = x_EAB.shape
+    out_EBA = x_EAB.new_empty(num_matrices, columns, rows)
+    sizes, total = (rows, columns, x_EAB.element_size()), num_matrices * -(-columns // _EDGE)
+    run_parts(_SOURCE, "turn", (x_EAB, out_EBA), sizes, total, rows * _EDGE * _TURN)
+    return out_EBA
 
 
 @cache
