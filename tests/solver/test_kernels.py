@@ -21,7 +21,7 @@ from alphaquant.solver import (
     quantize_stack,
     scales,
 )
-from alphaquant.solver.gptq import Columns
+from alphaquant.solver.gptq import Columns, columns_first
 
 from . import oracle
 
@@ -152,6 +152,23 @@ def test_least_rounding_errors(scheme: Scheme) -> None:
     least, which = native.least_rounding_errors(w, step, zero, None, scheme.format)
     assert same([least, which], [*errors.min(0)])
     assert sorted(which.unique().tolist()) == [0, 1, 2, 3]  # of equal ones the first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 64, 128), (3, 65, 130), (1, 200, 3)], ids=str)
+def test_turned(dtype: torch.dtype, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x = torch.randint(0, 256, sizes, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = native.turned(x)
+    assert found is not None
+    assert found.is_contiguous()
+    assert found.equal(x.transpose(1, 2))
+    assert native.turned(x.transpose(1, 2)) is None or 1 in sizes[1:]
+    assert native.turned(x.short()) is None
+    for y in (x, x.transpose(1, 2), x.short()):
+        assert columns_first(y).equal(y.transpose(1, 2))
+        assert columns_first(y).is_contiguous()
 
 
 @pytest.mark.parametrize("threads", [2, 3])

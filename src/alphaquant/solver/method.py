@@ -15,6 +15,7 @@ from alphaquant.formats import ScaleKind, matrix_scale, round_scale
 from alphaquant.numerics import rough_product
 from alphaquant.solver import native
 from alphaquant.solver.backend import Backend
+from alphaquant.solver.bands import bands
 from alphaquant.solver.equalize import Moves, Permute, channel_order, equalizing_scales
 from alphaquant.solver.factor import Factor, damp, factorize, reorder, shrink
 from alphaquant.solver.gptq import Solution, better_rows, columns_first, solve
@@ -337,7 +338,13 @@ def _energy(w_EOI: Tensor, h_EII: Tensor | None) -> Tensor:
     """`w H wᵀ` of each row, roughly; expert by expert, since memory for all of them at once takes longer to be had."""
     if h_EII is None:
         return w_EOI.square().sum(-1)
-    return torch.stack([(rough_product(w_OI, h_II) * w_OI).sum(-1) for w_OI, h_II in zip(w_EOI, h_EII, strict=True)])
+    energy_EO = w_EOI.new_zeros(w_EOI.shape[:2])
+    for w_OI, h_II, energy_O in zip(w_EOI, h_EII, energy_EO, strict=True):
+        for start, end in bands(len(h_II)):  # what lies right of a band's square lies below it, too
+            moved_OI = rough_product(w_OI[:, start:end], h_II[start:end, start:])
+            moved_OI[:, end - start :] *= 2
+            energy_O.add_((moved_OI * w_OI[:, start:]).sum(-1))
+    return energy_EO
 
 
 def _solve_rows(
