@@ -41,7 +41,7 @@ class _Cost(NamedTuple):
     product: float = 1.0
 
 
-_TORCH, _FASTER, _IN_TILES = _Cost(9e3, 9e3, 2e4), _Cost(3e3, 2e3, 4e3), _Cost(3e3, 1e3, 2e3, 0.6)
+_TORCH, _FASTER, _IN_TILES = _Cost(9e3, 9e3, 2e4), _Cost(3e3, 2e3, 4e3), _Cost(1.6e3, 2.3e3, 3e2, 0.35)
 
 
 def foretell_seconds(
