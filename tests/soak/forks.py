@@ -28,9 +28,20 @@ _PATIENCE = 60.0  # seconds in which a team must notice that one of it is gone
 
 
 def start(work: Callable[[Team], None], size: int = 1) -> list[int]:
-    """Fork a team of children that do the work; returns their numbers, by rank."""
+    """Fork a team of children that do the work; returns their numbers, by rank, when they have met.
+
+    Whoever waits for one that is killed while they meet may wait for ever: that is the launcher's to tell.
+    """
     store = Path(tempfile.mkdtemp()) / "store"
-    return [_fork(work, rank, size, store) for rank in range(size)]
+    children = [_fork(work, rank, size, store) for rank in range(size)]
+    end = time.monotonic() + _PATIENCE
+    while size > 1 and time.monotonic() < end and not all(_met(store, rank).exists() for rank in range(size)):
+        time.sleep(0.002)
+    return children
+
+
+def _met(store: Path, rank: int) -> Path:
+    return store.with_name(f"met-{rank}")
 
 
 def _fork(work: Callable[[Team], None], rank: int, size: int, store: Path) -> int:
@@ -40,6 +51,7 @@ def _fork(work: Callable[[Team], None], rank: int, size: int, store: Path) -> in
     try:
         if size > 1:
             _meet(store, rank, size)
+            _met(store, rank).touch()
         work(Team(rank, size))
         os._exit(0)
     except AlphaQuantError as error:
@@ -51,7 +63,7 @@ def _fork(work: Callable[[Team], None], rank: int, size: int, store: Path) -> in
 
 
 def _meet(store: Path, rank: int, size: int) -> None:
-    """Join a team; that one is killed before they met is the launcher's to tell, and here a matter of patience."""
+    """Join a team, with some patience."""
     try:
         patience = timedelta(seconds=_PATIENCE / 4)
         dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size, timeout=patience)
