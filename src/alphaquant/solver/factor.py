@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Factor", "damp", "factorize", "reorder", "shrink"]
+__all__ = ["Factor", "chosen_rows", "damp", "factorize", "reorder", "shrink"]
 
 _BLOCK = 128  # columns that are factorised together
 _RETRIES = 4
@@ -194,7 +194,12 @@ def _cholesky(h_EII: Tensor) -> tuple[Tensor, Tensor]:
 
 def reorder(h_EII: Tensor, order_EI: Tensor) -> Tensor:
     """Both axes of Hessians in another order: place → input column."""
-    rows_EII = torch.empty_like(h_EII)
-    for h_II, order_I, rows_II in zip(h_EII, order_EI, rows_EII, strict=True):
-        torch.index_select(h_II, 0, order_I, out=rows_II)  # whole rows: faster than to gather numbers
-    return rows_EII.gather(2, order_EI[:, None, :].expand_as(h_EII))
+    return chosen_rows(h_EII, order_EI).gather(2, order_EI[:, None, :].expand_as(h_EII))
+
+
+def chosen_rows(x_EJO: Tensor, index_EI: Tensor) -> Tensor:
+    """The chosen rows of each matrix, `[E, I, O]`: copied whole, several times as fast as gathering single numbers."""
+    out_EIO = x_EJO.new_empty(*index_EI.shape, x_EJO.shape[2])
+    for x_JO, index_I, out_IO in zip(x_EJO, index_EI, out_EIO, strict=True):
+        torch.index_select(x_JO, 0, index_I, out=out_IO)
+    return out_EIO

@@ -14,6 +14,7 @@ import torch
 
 from alphaquant.formats import QuantizedTensor, encode, pool_rows, quantize_values
 from alphaquant.solver.backend import Backend, kernels_for
+from alphaquant.solver.factor import chosen_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -173,15 +174,8 @@ def columns_first(x_EOI: Tensor, backend: Backend = Backend.AUTO) -> Tensor:
 
 
 def _columns(x_EOJ: Tensor, index_EI: Tensor) -> Tensor:
-    """The chosen columns of each expert, columns first: `[E, I, O]`, contiguous.
-
-    Rows are copied whole, expert by expert: several times as fast as gathering single numbers.
-    """
-    x_EJO = x_EOJ.transpose(1, 2).contiguous()
-    out_EIO = x_EJO.new_empty(*index_EI.shape, x_EJO.shape[2])
-    for x_JO, index_I, out_IO in zip(x_EJO, index_EI, out_EIO, strict=True):
-        torch.index_select(x_JO, 0, index_I, out=out_IO)
-    return out_EIO
+    """The chosen columns of each expert, columns first: `[E, I, O]`, contiguous."""
+    return chosen_rows(x_EOJ.transpose(1, 2).contiguous(), index_EI)
 
 
 def encode_grouped(value_EOI: Tensor, zero_EOG: Tensor | None, scheme: Scheme) -> Tensor:

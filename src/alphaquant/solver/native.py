@@ -194,8 +194,8 @@ def walk(w_EIO: Tensor, scales: Scales, factor: Factor, fmt: Format) -> tuple[Te
     order_EI = factor.order_EI.int()
     given = (w_EIO, step_EGO, zero_EGO, factor.feedback_EII, factor.packed_EII, factor.curvature_EI, order_EI)
     tensors = (*given, value_EIO, loss_EO, _room_for(w_EIO))
-    grid, total = Grid.of(fmt, has_zero=zero_EGO is not None), num_experts * -(-num_rows // _TILE_ROWS)
-    _run("walk_all", tensors, (size, num_rows, step_EGO.shape[1]), total, size * _WALK * _TILE_ROWS, grid)
+    grid, sizes = Grid.of(fmt, has_zero=zero_EGO is not None), (size, num_rows, step_EGO.shape[1])
+    _run("walk_all", tensors, sizes, _num_tiles(w_EIO), size * _WALK * _TILE_ROWS, grid)
     return value_EIO, loss_EO
 
 
@@ -269,7 +269,7 @@ def refine(
     stored = _Storage(_DROPPED[storage.dtype], storage.block_rows > 1, storage.low, storage.high)
     numbers = (size, num_rows, step_EGO.shape[1], _Sweeps(*how), stored, grid)
     cost = how.sweeps * size * (size / _PRODUCT + _WALK)
-    run_parts(_SOURCE, "refine_all", tensors, numbers, num_experts * -(-num_rows // _TILE_ROWS), cost * _TILE_ROWS)
+    run_parts(_SOURCE, "refine_all", tensors, numbers, _num_tiles(w_EIO), cost * _TILE_ROWS)
     return step_EGO, loss_EO
 
 
@@ -278,9 +278,14 @@ def _groups_first(scales: Scales) -> tuple[Tensor, Tensor | None]:
     return scales.effective().transpose(1, 2).contiguous(), zero
 
 
+def _num_tiles(w_EIO: Tensor) -> int:
+    num_experts, _, num_rows = w_EIO.shape
+    return num_experts * -(-num_rows // _TILE_ROWS)
+
+
 def _room_for(w_EIO: Tensor) -> Tensor:
-    num_experts, size, num_rows = w_EIO.shape
-    return w_EIO.new_empty(num_experts, -(-num_rows // _TILE_ROWS) * _TILE_ROWS, size)
+    """For what is left of all weights, packed."""
+    return w_EIO.new_empty(_num_tiles(w_EIO), _TILE_ROWS, w_EIO.shape[1])
 
 
 def rounding_errors(
